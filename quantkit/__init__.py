@@ -1,0 +1,1 @@
+"""quantkit: plan, stream, verify and publish quantized language models."""
