@@ -98,7 +98,11 @@ def _entry(name: str, value: Any, fail: Any) -> tuple[TensorSpec, int, int]:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise fail(f"tensor {name!r}: unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMS
+        or not all(type(n) is int and 0 <= n < 2**48 for n in shape)
+    ):
         raise fail(f"tensor {name!r}: shape {shape!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise fail(f"tensor {name!r}: data_offsets {offsets!r} is not a pair of offsets")
@@ -136,7 +140,9 @@ def read_header(path: Path, *, data_present: bool = True) -> tuple[list[TensorIn
             )
         raw = f.read(length)
         if len(raw) < length:
-            raise SourceError(f"the header of {length:,} bytes runs past the file's {size:,}", where=str(path), hint=hint)
+            raise SourceError(
+                f"the header of {length:,} bytes runs past the file's {size:,}", where=str(path), hint=hint
+            )
     entries, metadata = parse_header(raw, where=str(path))
     expected = 8 + length + (entries[-1][2] if entries else 0)
     if size > expected:

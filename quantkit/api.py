@@ -1,0 +1,103 @@
+"""The verbs as functions: what the command line calls, and what `import quantkit` offers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.reader import read_json
+from quantkit.checkpoint.writer import write_file
+from quantkit.console import Console
+from quantkit.errors import SourceError, UsageError, VerifyError
+from quantkit.hub import resolve
+from quantkit.inspector import Inspection, inspect_checkpoint
+from quantkit.layouts import Checkpoint, open_checkpoint
+from quantkit.plan import Plan
+from quantkit.planner import make_plan
+from quantkit.publication import FORMAT, render_from_manifest
+from quantkit.recipe import Recipe, build_recipe
+from quantkit.runner import Outcome, execute
+from quantkit.verifier import Verification, verify_folder
+
+_QUIET = Console(quiet=True)
+
+
+def inspect(source: str, *, revision: str | None = None) -> Inspection:
+    """What the checkpoint at a path or Hub id is. Raises SourceError."""
+    folder, _ = resolve(source, revision)
+    return inspect_checkpoint(open_checkpoint(folder, data_present=False))
+
+
+def plan(source: str, recipe: Mapping[str, Any] | None = None) -> Plan:
+    """The plan for `source` under a recipe given as plain data. Raises SourceError, RecipeError or UsageError."""
+    return plan_recipe(build_recipe({**(recipe or {}), "source": source}))[0]
+
+
+def plan_recipe(recipe: Recipe, *, data_present: bool = False) -> tuple[Plan, Checkpoint]:
+    folder, origin = resolve(recipe.source, recipe.revision)
+    checkpoint = open_checkpoint(folder, data_present=data_present)
+    return make_plan(recipe, checkpoint, origin), checkpoint
+
+
+def quantize(
+    source: str,
+    out: str | Path,
+    recipe: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    console: Console = _QUIET,
+) -> Outcome:
+    """Quantizes `source` into the folder `out`; see `quantkit.runner.execute` for what it raises."""
+    return run_recipe(
+        build_recipe({**(recipe or {}), "source": source, "output": str(out)}), force=force, console=console
+    )
+
+
+def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET) -> Outcome:
+    if recipe.output is None:
+        raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
+    _check_device(recipe.resources.device)
+    job, checkpoint = plan_recipe(recipe, data_present=True)
+    for warning in job.warnings:
+        console.warn(warning)
+    return execute(job, checkpoint, Path(recipe.output).expanduser(), console, force=force)
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"{device!r} is not a device", hint="use --device cpu or --device cuda") from None
+    if kind != "cuda" or not torch.cuda.is_available():
+        raise UsageError(
+            f"no {device} device is usable here", hint="use --device cpu, or install a CUDA build of torch"
+        )
+
+
+def verify(
+    folder: str | Path, *, source: str | None = None, quick: bool = False, console: Console = _QUIET
+) -> Verification:
+    """Checks a written folder. Returns what was found wrong; raises UsageError if it is not ours to check."""
+    parent = resolve(source)[0] if source is not None else None
+    return verify_folder(Path(folder), parent, quick=quick, console=console)
+
+
+def rewrite_card(folder: str | Path) -> Path:
+    """Writes README.md of a finished folder again, from its manifest. Returns the path."""
+    folder = Path(folder)
+    if not (folder / "quantkit.json").is_file():
+        raise UsageError("the folder has no quantkit.json, so quantkit did not write it", where=str(folder))
+    manifest, config = read_json(folder / "quantkit.json"), read_json(folder / "config.json")
+    if manifest.get("format") != FORMAT:
+        raise SourceError(f"quantkit.json has format {manifest.get('format')!r}, this version knows {FORMAT}")
+    try:
+        text = render_from_manifest(manifest, config)
+    except (KeyError, TypeError, ValueError) as e:
+        raise VerifyError(f"quantkit.json is damaged: {e!r}", where=str(folder / "quantkit.json")) from None
+    write_file(folder / "README.md", text.encode())
+    return folder / "README.md"

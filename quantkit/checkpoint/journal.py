@@ -1,0 +1,78 @@
+"""The journal of an unfinished run: which units are safely on disk, and what was measured of them.
+
+One JSON object a line. The first line binds the run to its plan; a line that was torn by a crash is dropped, and its
+unit is done again. The file is locked while a run writes to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import OutputError
+
+FOLDER = ".quantkit"
+
+
+class Journal:
+    """Appends to OUT/.quantkit/journal. `entries` holds what an earlier run left, first line excluded."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / FOLDER / "journal"
+        self.path.parent.mkdir(exist_ok=True)
+        self._lock = threading.Lock()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._fd)
+            raise OutputError(
+                "another run is writing to this folder", where=str(out), hint="wait for it, or name another -o"
+            ) from None
+        head, self.entries = self._load()
+        self.head: dict[str, Any] | None = head
+
+    def _load(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        raw = self.path.read_bytes()
+        good, position = [], 0
+        while (end := raw.find(b"\n", position)) >= 0:
+            try:
+                entry = json.loads(raw[position:end])
+            except ValueError:
+                break
+            if not isinstance(entry, dict):
+                break
+            good.append(entry)
+            position = end + 1
+        if position < len(raw):
+            os.ftruncate(self._fd, position)
+        return (good[0], good[1:]) if good else (None, [])
+
+    def start(self, head: dict[str, Any]) -> None:
+        """Begins anew: forgets what was there, writes the first line."""
+        os.ftruncate(self._fd, 0)
+        self.head, self.entries = head, []
+        self.append([head])
+
+    def append(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Durable on return. The caller has synced the data that the entries speak of."""
+        raw = b"".join(json.dumps(e).encode() + b"\n" for e in entries)
+        view = memoryview(raw)
+        with self._lock:
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        """The run is committed: the folder needs no journal any more."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+        self.path.parent.rmdir()

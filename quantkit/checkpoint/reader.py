@@ -1,0 +1,187 @@
+"""Weight files of one folder, opened safely, described by their headers, read by byte range.
+
+No tensor is read here before somebody asks for a run of its bytes, and a run lands in the caller's buffer: memory is
+the caller's decision. Works for safetensors and for torch zip files alike, because in both a tensor is a byte range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.checkpoint.header import TensorInfo, read_header
+from quantkit.checkpoint.torch_zip import read_torch_zip
+from quantkit.errors import RunError, SourceError
+
+MAX_JSON = 64 * 1024 * 1024
+_BASENAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One weight file. `identity` is the SHA-256 of its header (or data.pkl): what a plan is bound to; `stamp` is
+    (size, mtime_ns, inode): what tells that the file was touched while we read it."""
+
+    name: str
+    nbytes: int
+    identity: str
+    stamp: tuple[int, int, int]
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """folder/name, if `name` is a plain file name and the file does not lead out of the folder.
+
+    The one exception is a Hub cache: its snapshots are symlinks into the `blobs` folder of the same model.
+    """
+    if not _BASENAME.fullmatch(name):
+        raise SourceError(
+            f"{name!r} is not a plain file name", where=str(folder), hint="an index may only name files beside itself"
+        )
+    path = folder / name
+    if path.is_symlink():
+        target = path.resolve()
+        blobs = folder.resolve().parent.parent / "blobs"
+        if not (target.is_relative_to(folder.resolve()) or target.parent == blobs):
+            raise SourceError(
+                f"{name} is a symbolic link that leaves the folder",
+                where=str(path),
+                hint="copy the file in its place, if you trust where it leads",
+            )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file; SourceError if it is missing, too large, not JSON or not an object."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [k for k, _ in pairs]
+            twice = next(k for k in names if names.count(k) > 1)
+            raise SourceError(f"the key {twice!r} stands twice", where=str(path), hint="remove one of them")
+        return table
+
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise SourceError(f"{path.name} is larger than {MAX_JSON >> 20} MiB", where=str(path))
+        value = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise SourceError(f"{path.name} is missing", where=str(path.parent)) from None
+    except (ValueError, RecursionError) as e:
+        raise SourceError(f"{path.name} is not valid JSON: {e}", where=str(path)) from None
+    except OSError as e:
+        raise SourceError(f"{path.name} cannot be read: {e.strerror}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path.name} holds {type(value).__name__}, not an object", where=str(path))
+    return value
+
+
+def read_weight_files(
+    folder: Path, names: Iterable[str], *, data_present: bool = True
+) -> tuple[list[TensorInfo], list[WeightFile]]:
+    """Headers of the named files, in that order; tensors in file order. A name in two files is an error."""
+    tensors: dict[str, TensorInfo] = {}
+    files = []
+    for name in names:
+        path = safe_path(folder, name)
+        try:
+            if name.endswith(".safetensors"):
+                infos, _, identity = read_header(path, data_present=data_present)
+            else:
+                infos, identity = read_torch_zip(path, data_present=data_present)
+            status = path.stat()
+        except FileNotFoundError:
+            raise SourceError(
+                f"the weight file {name} is missing",
+                where=str(folder),
+                hint="the download is incomplete: fetch it again",
+            ) from None
+        except OSError as e:
+            raise SourceError(f"{name} cannot be read: {e.strerror}", where=str(path)) from None
+        for info in infos:
+            if info.name in tensors:
+                raise SourceError(
+                    f"tensor {info.name!r} is stored twice",
+                    where=f"{folder}: {tensors[info.name].file} and {name}",
+                    hint="keep the files of one download only",
+                )
+            tensors[info.name] = info
+        digest = hashlib.sha256(identity).hexdigest()
+        files.append(WeightFile(name, status.st_size, digest, _stamp(status)))
+    return list(tensors.values()), files
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+class SourceFiles:
+    """Open descriptors of the weight files, for reading runs of bytes from any thread."""
+
+    def __init__(self, folder: Path, files: Iterable[WeightFile]) -> None:
+        self.folder = folder
+        self.files = {f.name: f for f in files}
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> SourceFiles:
+        try:
+            for name in self.files:
+                self._fds[name] = os.open(safe_path(self.folder, name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            self.__exit__()
+            raise RunError(f"{name} cannot be opened: {e.strerror}", where=str(self.folder)) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def read_into(self, buffer: npt.NDArray[np.uint8], file: str, offset: int) -> None:
+        """Fills `buffer` (uint8) with the bytes at `offset`; RunError if the file has become shorter."""
+        view = buffer.data
+        while view:
+            n = self.pread(file, offset, view)
+            view = view[n:]
+            offset += n
+
+    def pread(self, file: str, offset: int, buffer: memoryview) -> int:
+        """Reads up to len(buffer) bytes at `offset` into it; how many, at least one."""
+        try:
+            n = os.preadv(self._fds[file], [buffer], offset)
+        except OSError as e:
+            raise RunError(f"reading {file} failed: {e.strerror}", where=str(self.folder)) from None
+        if n == 0:
+            raise self._changed(file)
+        return n
+
+    def check_unchanged(self) -> None:
+        """RunError if any file was modified or replaced since its header was read."""
+        for name, file in self.files.items():
+            path = safe_path(self.folder, name)
+            if not path.exists() or _stamp(path.stat()) != file.stamp:
+                raise self._changed(name)
+
+    def _changed(self, file: str) -> RunError:
+        return RunError(
+            f"{file} changed while it was being read",
+            where=str(self.folder),
+            hint="let the download or training finish, then run the same command with --force",
+        )
+
+
+def run_of(info: TensorInfo, sources: SourceFiles, start: int, count: int, item: Any) -> npt.NDArray[Any]:
+    """Elements [start, start + count) of a tensor as a fresh array of the numpy dtype `item`."""
+    dtype = np.dtype(item)
+    out = np.empty(count, dtype)
+    sources.read_into(out.view(np.uint8), info.file, info.offset + start * dtype.itemsize)
+    return out

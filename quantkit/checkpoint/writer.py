@@ -1,0 +1,167 @@
+"""Weight files written at known offsets: header first, any order, any thread, renamed when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.checkpoint.header import fsync_directory
+from quantkit.errors import RunError
+
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A weight file's name, its header as bytes, and its full size."""
+
+    name: str
+    header: bytes
+    nbytes: int
+
+
+def write_error(e: OSError, path: Path) -> RunError:
+    hint = "free some space, then run the same command: it resumes" if e.errno == 28 else "then run the same command"
+    return RunError(f"writing {path.name} failed: {e.strerror}", where=str(path.parent), hint=hint)
+
+
+class ShardWriter:
+    """All weight files of one output folder. Reserves their space at once, so that a full disk shows before work does.
+
+    Files that an earlier run left partial, or already renamed, are taken up as they are.
+    """
+
+    def __init__(self, folder: Path, layouts: Iterable[FileLayout]) -> None:
+        self.folder = folder
+        self.layouts = {layout.name: layout for layout in layouts}
+        self._fds: dict[str, int] = {}
+        self._done: set[str] = set()
+        try:
+            for layout in self.layouts.values():
+                self._open(layout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, layout: FileLayout) -> None:
+        final, partial = self.folder / layout.name, self.folder / (layout.name + PARTIAL)
+        path = final if final.exists() and not partial.exists() else partial
+        try:
+            self._fds[layout.name] = fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if path is final:
+                self._done.add(layout.name)
+            size = os.fstat(fd).st_size
+            if size > layout.nbytes:
+                os.ftruncate(fd, layout.nbytes)
+            elif size < layout.nbytes:
+                _reserve(fd, layout.nbytes)
+            os.pwrite(fd, layout.header, 0)
+        except OSError as e:
+            raise write_error(e, path) from None
+
+    def write(self, file: str, offset: int, data: npt.NDArray[Any]) -> None:
+        """Writes the array's bytes at `offset` of `file`. Thread-safe for disjoint ranges."""
+        view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        try:
+            while view:
+                n = os.pwrite(self._fds[file], view, offset)
+                view = view[n:]
+                offset += n
+        except OSError as e:
+            raise write_error(e, self.folder / file) from None
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> int:
+        return os.preadv(self._fds[file], [buffer], offset)
+
+    def sync(self, files: Iterable[str]) -> None:
+        for name in files:
+            try:
+                os.fdatasync(self._fds[name])
+            except OSError as e:
+                raise write_error(e, self.folder / name) from None
+
+    def commit(self) -> None:
+        """Syncs and renames every file to its final name."""
+        self.sync(self._fds)
+        for name in self.layouts:
+            if name not in self._done:
+                os.replace(self.folder / (name + PARTIAL), self.folder / name)
+        fsync_directory(self.folder)
+        self.close()
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as e:
+        if e.errno == 28:  # ENOSPC: a real answer. Other codes mean that the filesystem cannot reserve.
+            raise
+        os.ftruncate(fd, nbytes)
+
+
+class TrailingHash:
+    """SHA-256 of a file that is still being written or read, computed behind a moving frontier.
+
+    `read(offset, buffer)` gives the bytes that are on disk by then: what is hashed is what was stored. The buffer may
+    be shared by the hashes of one thread.
+    """
+
+    def __init__(self, read: Callable[[int, memoryview], int], nbytes: int, buffer: memoryview) -> None:
+        self._read, self.nbytes, self._buffer = read, nbytes, buffer
+        self._hash = hashlib.sha256()
+        self.position = 0
+
+    def advance(self, to: int) -> None:
+        while self.position < to:
+            part = self._buffer[: min(len(self._buffer), to - self.position)]
+            n = self._read(self.position, part)
+            if n == 0:
+                raise RunError("a file became shorter while it was hashed", hint="run the same command again")
+            self._hash.update(part[:n])
+            self.position += n
+
+    def hexdigest(self) -> str:
+        self.advance(self.nbytes)
+        return self._hash.hexdigest()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A small file, whole or not at all: written beside its place, synced, renamed."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        raise write_error(e, path) from None
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Copies a file byte for byte, whole or not at all. Returns its SHA-256."""
+    digest = hashlib.sha256()
+    partial = target.with_name(target.name + PARTIAL)
+    try:
+        with source.open("rb") as reader, partial.open("wb") as f:
+            while chunk := reader.read(1 << 20):
+                digest.update(chunk)
+                f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, target)
+    except OSError as e:
+        raise write_error(e, target) from None
+    return digest.hexdigest()

@@ -1,0 +1,266 @@
+"""The command line: options in, one call, result out. No logic lives here, and torch is not imported."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from quantkit.console import Console, human_bytes, table
+from quantkit.errors import Interrupted, QuantkitError, UsageError, VerifyError
+from quantkit.version import __version__
+
+if TYPE_CHECKING:
+    from quantkit.plan import Plan
+    from quantkit.recipe import Recipe
+    from quantkit.runner import Outcome
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+_QUIET = click.option("--quiet", is_flag=True, help="No progress, no prose: warnings, errors and the result.")
+
+
+def _output_options(function: F) -> F:
+    return _JSON(_QUIET(function))
+
+
+def _job_options(function: F) -> F:
+    """The options of `plan` and `quantize`; each is a key of the recipe."""
+    options = [
+        click.argument("source", required=False, metavar="SRC"),
+        click.option("--bits", type=int, help="Bits per weight: 4 or 8.  [default: 4]"),
+        click.option("--method", help="Quantization method.  [default: bnb]"),
+        click.option("--quant-type", help="4-bit code table, nf4 or fp4.  [default: nf4]"),
+        click.option(
+            "--double-quant/--no-double-quant", default=None, help="Block maxima in 8 bits, or not.  [default: yes]"
+        ),
+        click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers as they are. Repeatable."),
+        click.option("--shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]"),
+        click.option("--max-memory", metavar="SIZE", help="RAM not to exceed; refused beforehand if too little."),
+        click.option("--threads", type=int, help="Threads that encode.  [default: all cores]"),
+        click.option("--device", help="Where to encode: cpu or cuda.  [default: cpu]"),
+        click.option("--allow-nonfinite", is_flag=True, default=None, help="Quantize NaN and infinities as zero."),
+        click.option("--revision", help="Branch, tag or commit of a Hub id."),
+        click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with these settings."),
+        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return _output_options(function)
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    from quantkit.recipe import load_recipe
+
+    keys = {
+        "source": "source",
+        "revision": "revision",
+        "out": "output",
+        "method": "quantize.method",
+        "bits": "quantize.bits",
+        "quant_type": "quantize.quant_type",
+        "double_quant": "quantize.double_quant",
+        "skip": "quantize.skip",
+        "shard_size": "shard_size",
+        "allow_nonfinite": "allow_nonfinite",
+        "max_memory": "resources.max_memory",
+        "threads": "resources.threads",
+        "device": "resources.device",
+    }
+    options["skip"] = options.get("skip") or None
+    given = {dotted: options.get(name) for name, dotted in keys.items()}
+    return load_recipe(options.get("recipe"), options.get("assignments", ()), given)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="quantkit")
+def cli() -> None:
+    """Quantize language models into folders fit to publish.
+
+    SRC is a folder with config.json and weights, or a Hub id such as org/model.
+    """
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@_output_options
+def inspect(source: str, revision: str | None, as_json: bool, quiet: bool) -> None:
+    """Say what a checkpoint is: layout, architecture, sizes, problems."""
+    from quantkit import api
+
+    found = api.inspect(source, revision=revision)
+    Console(json=as_json, quiet=quiet).result(found.to_json(), found.text())
+
+
+@cli.command()
+@_job_options
+def plan(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Say every byte that `quantize` would write, and the RAM it takes, without reading a weight."""
+    _print_plan(_recipe(options), Console(json=as_json, quiet=quiet))
+
+
+@cli.command()
+@_job_options
+@click.option("-o", "--output", "out", metavar="OUT", help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace what an earlier run left in OUT.")
+@click.option("--dry-run", is_flag=True, help="Only plan.")
+def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+    """Quantize SRC into OUT. The same command resumes an interrupted run."""
+    console = Console(json=as_json, quiet=quiet)
+    recipe = _recipe(options)
+    if dry_run:
+        _print_plan(recipe, console)
+    else:
+        _run(recipe, console, force=force)
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", metavar="OUT", help="Folder to write.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe.")
+@click.option("--force", is_flag=True, help="Replace what an earlier run left in OUT.")
+@click.option("--dry-run", is_flag=True, help="Only plan.")
+@_output_options
+def run(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+    """Do what a recipe file says."""
+    console = Console(json=as_json, quiet=quiet)
+    recipe = _recipe(options)
+    if dry_run:
+        _print_plan(recipe, console)
+    else:
+        _run(recipe, console, force=force)
+
+
+@cli.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--source", metavar="SRC", help="Also compare every tensor with what it was made from.")
+@click.option("--quick", is_flag=True, help="Headers and sizes only.")
+@_output_options
+def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: bool) -> None:
+    """Prove a written folder; exit code 3 and a list if anything is wrong."""
+    from quantkit import api
+
+    console = Console(json=as_json, quiet=quiet)
+    found = api.verify(folder, source=source, quick=quick, console=console)
+    rows = [
+        ("files", f"{found.files} {'sizes' if quick else 'checksums'} compared"),
+        ("tensors", f"{found.tensors:,} headers compared, {found.quantized:,} quantized"),
+        ("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"),
+    ]
+    if found.errors:
+        worst = max(found.errors, key=lambda name: found.errors[name])
+        rows.append(("source", f"{found.compared:,} tensors compared"))
+        rows.append(("largest error", f"{found.errors[worst]:.4f}  {worst}"))
+    rows += [("problem", problem) for problem in found.problems]
+    rows.append(("result", f"{len(found.problems)} problems" if found.problems else "sound"))
+    console.result({"sound": not found.problems, **asdict(found)}, table(rows))
+    if found.problems:
+        raise VerifyError(f"{len(found.problems)} problems found", where=str(folder), hint="write the folder again")
+
+
+@cli.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@_output_options
+def card(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Write README.md of a finished folder again, from its manifest."""
+    from quantkit import api
+
+    path = api.rewrite_card(folder)
+    Console(json=as_json, quiet=quiet).result({"card": str(path)}, str(path))
+
+
+def _print_plan(recipe: Recipe, console: Console) -> None:
+    from quantkit import api
+
+    job, _ = api.plan_recipe(recipe)
+    for warning in job.warnings:
+        console.warn(warning)
+    console.result(job.to_json(), _plan_text(job))
+
+
+def _plan_text(job: Plan) -> str:
+    tensors = table(
+        [
+            (t.name, t.dtype, "×".join(map(str, t.shape)) or "scalar", f"{t.nbytes:,}")
+            for u in job.units
+            for t in u.outputs
+        ],
+        header=("tensor", "dtype", "shape", "bytes"),
+        right=(3,),
+    )
+    files = table([(f.name, f.role, f"{f.nbytes:,}") for f in job.files], header=("file", "kind", "bytes"), right=(2,))
+    totals = table(
+        [
+            ("parameters", f"{job.parameters:,}"),
+            ("quantized", f"{len(job.encoded):,} linear layers of {job.architecture}"),
+            ("weights", f"{human_bytes(job.source_bytes)} → {human_bytes(job.weight_bytes)}"),
+            (
+                "bits per weight",
+                f"{job.bits_per_weight:.3f} in quantized layers, {job.model_bits_per_weight:.3f} over all",
+            ),
+            ("peak RAM", f"{human_bytes(job.memory.peak)} at most, {job.memory.threads} threads"),
+            ("disk", f"{job.disk:,} bytes ({human_bytes(job.disk)})"),
+            ("passes", "1 over the source"),
+            ("plan hash", job.hash),
+        ]
+    )
+    return f"{tensors}\n\n{files}\n\n{totals}"
+
+
+def _run(recipe: Recipe, console: Console, *, force: bool) -> None:
+    from quantkit import api
+
+    outcome = api.run_recipe(recipe, force=force, console=console)
+    data = {**asdict(outcome), "out": str(outcome.out)}
+    console.result(data, _outcome_text(outcome))
+
+
+def _outcome_text(outcome: Outcome) -> str:
+    if outcome.already_done:
+        return f"{outcome.out} is finished already; `quantkit verify` checks it"
+    rows = [
+        ("folder", str(outcome.out)),
+        (
+            "tensors",
+            f"{outcome.units:,}" + (f", {outcome.reused:,} kept from an earlier run" if outcome.reused else ""),
+        ),
+        ("seconds", f"{outcome.seconds:.1f}"),
+        ("peak RAM", human_bytes(outcome.peak_rss)),
+        ("card", str(outcome.out / "README.md")),
+    ]
+    return table(rows)
+
+
+def _usage_error(e: click.ClickException) -> UsageError:
+    context = getattr(e, "ctx", None)
+    hint = f"see `{context.command_path} --help`" if context is not None else "see `quantkit --help`"
+    return UsageError(e.format_message().rstrip("."), hint=hint)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage or input, 3 verify failed, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console(json="--json" in arguments, quiet="--quiet" in arguments)
+    # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        cli.main(arguments, prog_name="quantkit", standalone_mode=False)
+    except QuantkitError as e:
+        console.error(e)
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        usage = _usage_error(e)
+        console.error(usage)
+        sys.exit(usage.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        interrupted = Interrupted("interrupted", hint="the same command takes up where it stopped")
+        console.error(interrupted)
+        sys.exit(interrupted.exit_code)
+    sys.exit(0)

@@ -1,0 +1,95 @@
+"""The one place that prints. stdout is the result: text, or one JSON object. stderr is progress and prose."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from quantkit.errors import QuantkitError
+
+
+def human_bytes(n: float) -> str:
+    """1234567 → '1.23 MB': decimal units, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = (), right: Sequence[int] = ()) -> str:
+    """Columns aligned with spaces; those in `right` flush right."""
+    cells = [[str(c) for c in row] for row in ([header, *rows] if header else rows)]
+    if not cells:
+        return ""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+class Progress:
+    """Bytes done: a tqdm bar with an ETA where stderr is a terminal, one line a tensor elsewhere, nothing if quiet."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._total, self._done = total, 0
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._bar: Any = None
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._bar is not None:
+            self._bar.update(nbytes)
+
+    def unit(self, name: str, nbytes: int, seconds: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(name[-40:], refresh=False)
+        elif self._lines:
+            percent = 100 * self._done / self._total if self._total else 100
+            print(f"{percent:5.1f} %  {name}  {human_bytes(nbytes)}", file=sys.stderr)
+
+
+class Console:
+    """Human text, or JSON; `quiet` drops everything on stderr but errors and warnings."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json, self.quiet = json, quiet
+
+    def result(self, data: Mapping[str, Any], text: str) -> None:
+        """The command's result: `text` for people, `data` with --json."""
+        print(json.dumps(data, ensure_ascii=False) if self.json else text, flush=True)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def error(self, error: QuantkitError) -> None:
+        """Three lines on stderr; with --json also an object on stdout, so that a script reads one place."""
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if self.json:
+            block = {"what": error.what, "in": error.where, "hint": error.hint, "exit_code": error.exit_code}
+            print(json.dumps({"error": block}, ensure_ascii=False), flush=True)
+
+    def progress(self, total: int) -> Progress:
+        return Progress(total, quiet=self.quiet)

@@ -1,0 +1,117 @@
+"""What a checkpoint is, from its headers and config alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit import architectures
+from quantkit.checkpoint.header import TensorInfo
+from quantkit.console import human_bytes, table
+from quantkit.layouts import Checkpoint
+from quantkit.layouts.hf import STRIPPED
+from quantkit.planner import quantized_already, source_tensors
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts about a checkpoint. `problems` is what stands in the way of loading or quantizing it."""
+
+    layout: str
+    architecture: str
+    known: bool
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    tied: bool | None
+    files: tuple[tuple[str, int], ...]
+    tensors: int
+    linears: int
+    quantized: str | None
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout,
+            "architecture": self.architecture,
+            "in_table": self.known,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "parameters_by_dtype": self.dtypes,
+            "tied": self.tied,
+            "files": [{"name": n, "bytes": b} for n, b in self.files],
+            "tensors": self.tensors,
+            "linears": self.linears,
+            "quantized": self.quantized,
+            "problems": list(self.problems),
+        }
+
+    def text(self) -> str:
+        dtypes = ", ".join(f"{d} {n:,}" for d, n in self.dtypes.items())
+        rows = [
+            ("layout", self.layout),
+            (
+                "architecture",
+                self.architecture + ("" if self.known else "  (no row in the table; asked of transformers)"),
+            ),
+            ("parameters", f"{self.parameters:,}"),
+            ("dtypes", dtypes),
+            ("tied weights", {True: "yes", False: "no", None: "unknown"}[self.tied]),
+            ("tensors", f"{self.tensors:,}, of them {self.linears:,} linear layers that can be quantized"),
+            ("files", f"{len(self.files)}, {human_bytes(self.nbytes)} of weights"),
+            ("quantized", self.quantized or "no"),
+            *(("problem", p) for p in self.problems),
+        ]
+        return table(rows)
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Reads nothing but what `open_checkpoint` read already."""
+    config = checkpoint.config
+    row = architectures.find(config)
+    quantized = quantized_already(checkpoint)
+    tensors = list(checkpoint.tensors.values()) if quantized else source_tensors(checkpoint)
+    names = [t.name for t in tensors]
+    problems = _problems(checkpoint, row, tensors, quantized is not None)
+    dtypes = Counter[str]()
+    for t in tensors:
+        dtypes[t.dtype] += t.numel
+    return Inspection(
+        checkpoint.layout,
+        str(config.get("model_type", "unknown")),
+        row is not None,
+        sum(dtypes.values()),
+        sum(t.nbytes for t in tensors),
+        dict(dtypes.most_common()),
+        architectures.is_tied(row, config) if row else config.get("tie_word_embeddings"),
+        tuple((f.name, f.nbytes) for f in checkpoint.files)
+        or tuple((n, 0) for n in sorted(set(checkpoint.absent.values()))),
+        len(tensors),
+        len(architectures.linears(row, config, names)) if row and not quantized else 0,
+        quantized,
+        tuple(problems),
+    )
+
+
+def _problems(
+    checkpoint: Checkpoint, row: architectures.Architecture | None, tensors: list[TensorInfo], quantized: bool
+) -> list[str]:
+    problems = []
+    if checkpoint.absent:
+        files = sorted(set(checkpoint.absent.values()))
+        problems.append(f"{len(files)} weight files are absent ({files[0]} …): sizes are computed from the config")
+    total = sum(t.nbytes for t in tensors)
+    if checkpoint.index_total not in (None, total):
+        problems.append(f"the index gives {checkpoint.index_total:,} bytes, the tensors have {total:,}")
+    if row is not None and not quantized:
+        for t in tensors:
+            shape = architectures.expected_shape(row, checkpoint.config, t.name)
+            if shape is not None and shape != t.shape:
+                problems.append(f"{t.name} is {list(t.shape)}, config.json makes it {list(shape)}")
+        if row.warning:
+            problems.append(row.warning)
+    found = [k for k in STRIPPED if k in checkpoint.config]
+    if "auto_map" in found:
+        problems.append("config.json names Python code to run (auto_map); quantkit never runs it")
+    return problems

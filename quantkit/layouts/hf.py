@@ -1,0 +1,158 @@
+"""The Hugging Face layout: config.json, one or many safetensors or pytorch_model*.bin files, an index, side files."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.header import TensorInfo
+from quantkit.checkpoint.reader import WeightFile, read_json, read_weight_files, safe_path
+from quantkit.errors import SourceError
+
+CONFIG = "config.json"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+
+# What travels with a derived model, byte for byte. README.md is the parent's card: quoted in ours, not copied.
+SIDE_FILES = re.compile(
+    r"generation_config\.json|tokenizer.*|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|spiece\.model|sentencepiece.*\.model|chat_template.*|(processor|preprocessor)_config\.json"
+    r"|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?:[.\-_].*)?",
+    re.IGNORECASE,
+)
+MAX_SIDE_FILE = 256 * 1024 * 1024
+# Keys of config.json that name code to run or a place on somebody's machine. They do not travel.
+STRIPPED = ("auto_map", "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_internal",
+            "_attn_implementation_autoset", "_experts_implementation")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as its headers describe it.
+
+    tensors: name → where and what, in the order of the files and of the bytes in them. `absent` maps the names that
+    an index promises in files that are not there (only with data_present=False) to those files.
+    """
+
+    folder: Path
+    layout: str
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: tuple[WeightFile, ...]
+    absent: dict[str, str]
+    index_total: int | None
+    side_files: tuple[tuple[str, int], ...]
+
+    @property
+    def parent_card(self) -> str | None:
+        path = self.folder / "README.md"
+        try:
+            return path.read_bytes()[: 1 << 20].decode("utf-8", "replace")
+        except OSError:
+            return None
+
+    def output_config(self) -> tuple[dict[str, Any], list[str]]:
+        """config.json as it travels, and the keys that were taken out of it at any depth."""
+        removed: list[str] = []
+        return _strip(self.config, removed), sorted(set(removed))
+
+
+def _strip(value: Any, removed: list[str]) -> Any:
+    if isinstance(value, dict):
+        removed += [k for k in value if k in STRIPPED]
+        return {k: _strip(v, removed) for k, v in value.items() if k not in STRIPPED}
+    if isinstance(value, list):
+        return [_strip(v, removed) for v in value]
+    return value
+
+
+def open_hf(folder: Path, *, data_present: bool = True) -> Checkpoint:
+    """Reads config, index and headers. Raises SourceError, naming the file at fault."""
+    if not (folder / CONFIG).exists():
+        raise SourceError(
+            "the folder has no config.json", where=str(folder), hint="name the folder that `hf download` or "
+            "`save_pretrained` filled",
+        )  # fmt: skip
+    config = read_json(safe_path(folder, CONFIG))
+    names, index, index_total = _weight_files(folder)
+    missing = [n for n in names if not safe_path(folder, n).exists()]
+    if missing and data_present:
+        raise SourceError(
+            f"the index names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are missing)",
+            where=str(folder), hint="the download is incomplete: fetch it again",
+        )  # fmt: skip
+    if missing and len(missing) < len(names):
+        names = [n for n in names if n not in missing]
+    elif missing:
+        names = []
+    tensors, files = read_weight_files(folder, names, data_present=data_present)
+    by_name = {t.name: t for t in tensors}
+    absent: dict[str, str] = {}
+    if index is not None:
+        for name, file in index.items():
+            if file in missing:
+                absent[name] = file
+            elif name not in by_name or by_name[name].file != file:
+                raise SourceError(
+                    f"the index places tensor {name!r} in {file}, which does not hold it",
+                    where=str(folder), hint="index and weights are of different downloads: fetch them again",
+                )  # fmt: skip
+        stray = [t for t in by_name if t not in index]
+        if stray:
+            raise SourceError(
+                f"tensor {stray[0]!r} is in {by_name[stray[0]].file} but not in the index",
+                where=str(folder), hint="index and weights are of different downloads: fetch them again",
+            )  # fmt: skip
+    return Checkpoint(folder, "hf", config, by_name, tuple(files), absent, index_total, _side_files(folder))
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int | None]:
+    """Names of the weight files, the index's weight_map if there is one, and its total_size."""
+    for single, index_name in (("model.safetensors", SAFETENSORS_INDEX), ("pytorch_model.bin", TORCH_INDEX)):
+        if (folder / index_name).exists():
+            weight_map, total = _read_index(folder, index_name)
+            return sorted(set(weight_map.values())), weight_map, total
+        if (folder / single).exists() or (folder / single).is_symlink():
+            return [single], None, None
+    found = sorted(p.name for p in folder.iterdir() if p.name.endswith((".safetensors", ".bin", ".pth", ".gguf")))
+    raise SourceError(
+        "no model.safetensors or pytorch_model.bin, and no index of their shards",
+        where=str(folder),
+        hint=f"found {', '.join(found[:4])}" if found else "the folder holds no weights",
+    )
+
+
+def _read_index(folder: Path, name: str) -> tuple[dict[str, str], int | None]:
+    path = safe_path(folder, name)
+    table = read_json(path)
+    weight_map = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SourceError("weight_map is not a table of tensor names to file names", where=str(path))
+    suffix = ".safetensors" if name == SAFETENSORS_INDEX else ".bin"
+    for tensor, file in weight_map.items():
+        safe_path(folder, file)
+        if not file.endswith(suffix):
+            raise SourceError(f"tensor {tensor!r} is placed in {file!r}, not a {suffix} file", where=str(path))
+    metadata = table.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, int(total) if isinstance(total, (int, float)) and total >= 0 else None
+
+
+def _side_files(folder: Path) -> tuple[tuple[str, int], ...]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        if SIDE_FILES.fullmatch(path.name) and path.is_file():
+            size = safe_path(folder, path.name).stat().st_size
+            if size > MAX_SIDE_FILE:
+                raise SourceError(f"{path.name} has {size:,} bytes: that is no tokenizer or licence", where=str(path))
+            found.append((path.name, size))
+    return tuple(found)
+
+
+def index_text(weight_map: dict[str, str], total_size: int) -> bytes:
+    """model.safetensors.index.json as huggingface_hub writes it: sorted keys, two spaces, a newline at the end."""
+    table = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    return (json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

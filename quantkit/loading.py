@@ -1,0 +1,412 @@
+"""Loads a bitsandbytes folder (NF4, FP4, nested or not, LLM.int8()) into a working transformers model.
+
+Most folders go straight to `from_pretrained`. transformers 5 converts only modules whose type is exactly `nn.Linear`
+(or `Conv1D`) and merges MoE experts into 3-D parameters before it looks at their quantization, so it cannot load a
+quantized Falcon or quantized experts. Those folders are loaded here: the model is built empty, each linear whose
+companions are on disk becomes a bitsandbytes layer, and each merged experts module a list of such layers. Which way a
+folder goes is decided by comparing the linears that transformers would convert with those that are quantized on disk.
+
+Hazard: on a CPU with AVX512_BF16 the first forward in eval mode repacks every `Linear4bit` in place, computes in
+bfloat16 whatever the dtype asked for, and rounds the scales to bfloat16. Never save a model after that: write it anew
+from its source. The repacking fails on some shapes; those layers are kept out of it and dequantize at each call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint.header import FLOATS, TensorInfo
+from quantkit.checkpoint.reader import read_json, read_weight_files
+from quantkit.errors import SourceError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_COMPANION = re.compile(
+    r"(?P<linear>.+)\.(?P<part>SCB|weight_format"
+    r"|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4)))"
+)
+
+Parts = dict[str, TensorInfo]  # of one quantized linear: "weight", "weight.absmax", "SCB", ... → where it lies
+
+
+def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """The model in `folder`, in eval mode on one device, its quantized linears as `Linear4bit` or `Linear8bitLt`.
+
+    `dtype` is that of everything that is not quantized; None takes the one in config.json. Beside the model itself, no
+    more than one tensor is held in memory. Code in the folder is never run. Raises SourceError if the folder is not a
+    whole, consistent bitsandbytes folder that fits its config.json, and UsageError for an unknown device or dtype.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch asserts that it was built for the device
+        raise UsageError(f"device {device!r}: {str(e).splitlines()[0]}", hint="`cpu`, `cuda`, `cuda:1`, ...") from None
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(wanted, torch.dtype) and dtype is not None:
+        raise UsageError(f"dtype {dtype!r} is not a torch dtype", hint="`bfloat16`, `float16` or `float32`")
+    path = Path(folder)
+    tensors = _read_headers(path)
+    quantized = _quantized_linears(path, tensors)
+    model, quantizer = _empty_model(path, wanted)
+    if quantized and quantizer is None:
+        raise _bad(path / "config.json", f"no quantization_config, though {next(iter(quantized))!r} is quantized")
+    names = _Names(model)
+    if {names.linear(name) for name in quantized} != _converted_by_transformers(model, quantizer):
+        _fill(model, path, tensors, quantized, names, quantizer, device)
+    else:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            device_map=device,
+            dtype=wanted or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported below, in our words
+            output_loading_info=True,
+        )
+        _refuse(path, report["missing_keys"], "not in the folder")
+        _refuse(path, report["unexpected_keys"], "not in the model")
+        _refuse(path, [key for key, *_ in report["mismatched_keys"]], "of another shape than in the model")
+    _avoid_repacking(model)
+    return model.eval()
+
+
+def _bad(where: Path, what: str) -> SourceError:
+    hint = "the folder is incomplete or was changed: quantize or fetch it again, then run `quantkit verify`"
+    return SourceError(what, where=str(where), hint=hint)
+
+
+def _refuse(folder: Path, tensors: Iterable[str], fault: str) -> None:
+    if ordered := sorted(tensors):
+        more = f" (and {len(ordered) - 1} more)" if ordered[1:] else ""
+        raise _bad(folder, f"tensor {ordered[0]!r}{more} is {fault}")
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the folder by its name on disk. A single file goes before an index, as in transformers."""
+    read_json(folder / "config.json")
+    if (folder / SINGLE).is_file():
+        return {info.name: info for info in read_weight_files(folder, [SINGLE])[0]}
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(str(shard).endswith(".safetensors") for shard in index.values()):
+        raise _bad(folder / INDEX, "weight_map does not lead from tensors to safetensors files")
+    # transformers would follow `../`; read_weight_files takes plain file names only.
+    shards = sorted({str(shard) for shard in index.values()})
+    tensors = {info.name: info for info in read_weight_files(folder, shards)[0]}
+    _refuse(folder, index.keys() - tensors.keys(), "in the index and in no shard")
+    return tensors
+
+
+def _quantized_linears(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Parts]:
+    """The quantized linears by name on disk, each proved complete and of sizes that fit together."""
+    linears: dict[str, Parts] = {}
+    for name, info in tensors.items():
+        if match := _COMPANION.fullmatch(name):
+            linears.setdefault(match["linear"], {})[match["part"]] = info
+    for name, parts in linears.items():
+        if weight := tensors.get(f"{name}.weight"):
+            parts["weight"] = weight
+        if fault := _fault_8bit(folder, parts) if {"SCB", "weight_format"} & set(parts) else _fault_4bit(folder, parts):
+            raise _bad(folder, f"quantized linear {name!r}: {fault}")
+    loose = {n for n, info in tensors.items() if n.endswith(".weight") and info.dtype not in FLOATS}
+    _refuse(folder, loose - {f"{name}.weight" for name in linears}, "quantized, but its companions are missing")
+    return linears
+
+
+def _bytes_of(folder: Path, info: TensorInfo) -> bytes:
+    with (folder / info.file).open("rb") as f:
+        f.seek(info.offset)
+        return f.read(info.nbytes)
+
+
+def _fault_4bit(folder: Path, parts: Parts) -> str:
+    """What is wrong with a 4-bit linear, or "". A wrong block size would load without a word and give wrong numbers."""
+    states = [part for part in parts if ".quant_state." in part] or ["weight.quant_state.bitsandbytes__nf4"]
+    needed = {"weight", "weight.absmax", "weight.quant_map", states[0]}
+    try:
+        state = json.loads(_bytes_of(folder, parts[states[0]])) if states[0] in parts else {}
+        fields = {"quant_type", "blocksize", "dtype", "shape"}
+        if nested := "nested_offset" in state:
+            needed |= {"weight.nested_absmax", "weight.nested_quant_map"}
+            fields |= {"nested_blocksize", "nested_dtype", "nested_offset"}
+        if wrong := set(parts) ^ needed:
+            return f"companions missing or too many: {sorted(wrong)}"
+        dtypes = {state["dtype"], state.get("nested_dtype", "float32")}
+        if set(state) != fields or not dtypes <= {"float32", "float16", "bfloat16"}:
+            return "its quant_state has fields or dtypes that bitsandbytes does not know"
+        rows, columns = state["shape"]
+        blocks = math.ceil(rows * columns / state["blocksize"])
+        wanted = {"weight": math.ceil(rows * columns / 2), "weight.absmax": blocks if nested else blocks * 4}
+        if nested:
+            wanted["weight.nested_absmax"] = math.ceil(blocks / state["nested_blocksize"]) * 4
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as e:
+        return f"its quant_state is not readable ({type(e).__name__})"
+    wrong = {part for part, nbytes in wanted.items() if parts[part].nbytes != nbytes}
+    return f"not of the size that its quant_state says: {sorted(wrong)}" if wrong else ""
+
+
+def _fault_8bit(folder: Path, parts: Parts) -> str:
+    """What is wrong with an LLM.int8() linear, or ""."""
+    if wrong := (set(parts) | {"weight_format"}) ^ {"weight", "SCB", "weight_format"}:
+        return f"companions missing or too many: {sorted(wrong)}"
+    weight, scale = parts["weight"], parts["SCB"]
+    if weight.dtype != "I8" or len(weight.shape) != 2 or (scale.dtype, scale.shape) != ("F32", weight.shape[:1]):
+        return f"weight {weight.dtype} {weight.shape} and SCB {scale.dtype} {scale.shape} do not fit together"
+    other_layout = "weight_format" in parts and any(_bytes_of(folder, parts["weight_format"]))
+    return "its weight_format is not 0, the row layout" if other_layout else ""
+
+
+def _empty_model(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
+    """The model of config.json with its parameters on `meta`, and transformers' quantizer or None."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        settings = getattr(config, "quantization_config", None)
+        if settings and settings["quant_method"] != "bitsandbytes":
+            raise ValueError(f"quant_method is {settings['quant_method']!r}, not 'bitsandbytes'")
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True) if settings else None
+        # Buffers stay real: those that are not saved (rotary frequencies) have no other source than the constructor.
+        with init_empty_weights(include_buffers=False):
+            overrides = {} if dtype is None else {"dtype": dtype}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **overrides), quantizer
+    except Exception as e:  # whatever goes wrong here comes from values in config.json, and takes many types
+        fault = f"config.json does not describe a model to load: {' '.join(str(e).split()) or type(e).__name__}"
+        hint = "quantkit.load reads bitsandbytes folders of causal language models that transformers knows"
+        raise SourceError(fault, where=str(folder / "config.json"), hint=hint) from e
+
+
+def _converted_by_transformers(model: PreTrainedModel, quantizer: Any) -> set[str]:
+    """The linears that `from_pretrained` would turn into bitsandbytes layers."""
+    if quantizer is None:
+        return set()
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    listed = quantizer.quantization_config.llm_int8_skip_modules
+    skipped = quantizer.get_modules_to_not_convert(model, listed, model._keep_in_fp32_modules)
+    linears = {n for n, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)}
+    return {name for name in linears if should_convert_module(name, skipped)}
+
+
+class _Names:
+    """Names on disk → names in memory, by transformers' own conversion table."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+        self.mergers = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.prefix = f"{model.base_model_prefix}."
+        self.known = set(model.state_dict())
+
+    def tensor(self, name: str) -> str:
+        """Renamed as in memory; the base model's prefix is added or dropped if that gives a name the model has."""
+        for renaming in self.renamings:
+            name, _ = renaming.rename_source_key(name)
+        if name not in self.known:
+            for other in (self.prefix + name, name.removeprefix(self.prefix)):
+                if other in self.known or (self.merged(other) or ("",))[0] in self.known:
+                    return other
+        return name
+
+    def linear(self, name: str) -> str:
+        return self.tensor(f"{name}.weight").removesuffix(".weight")
+
+    def merged(self, name: str) -> tuple[str, int] | None:
+        """For a tensor that transformers merges with others into one: that one's name, and the place in it."""
+        for merger in self.mergers:
+            target, pattern = merger.rename_source_key(name)
+            if pattern is not None:
+                return target, merger.source_patterns.index(pattern)
+        return None
+
+
+@functools.cache  # a function, because torch must not be imported with this module
+def _experts_class() -> type[nn.Module]:
+    import torch
+    from torch import nn
+
+    class QuantizedExperts(nn.Module):
+        """The experts of one MoE layer as single linears, `<expert>.<linear>`, in place of merged 3-D parameters.
+
+        `rule` is the module replaced, without its parameters: it knows how gate and up are combined.
+        """
+
+        def __init__(self, rule: nn.Module, into: list[str], out_of: str) -> None:
+            super().__init__()
+            self.rule, self.into, self.out_of = rule, into, out_of
+            down = rule.get_parameter("down_proj")
+            count, hidden, inner = down.shape
+            del rule.gate_up_proj, rule.down_proj
+            shapes = dict.fromkeys(into, (hidden, inner)) | {out_of: (inner, hidden)}
+            for expert in range(count):
+                layers = {n: nn.Linear(*s, bias=False, device="meta", dtype=down.dtype) for n, s in shapes.items()}
+                self.add_module(str(expert), nn.ModuleDict(layers))
+
+        def forward(
+            self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            """[tokens, hidden], [tokens, k] int and [tokens, k] float → [tokens, hidden]: transformers' contract."""
+            total = torch.zeros_like(hidden_states)
+            for expert in torch.unique(top_k_index).tolist():
+                token, place = torch.where(top_k_index == expert)
+                layers: Any = self.get_submodule(str(expert))
+                joined = torch.cat([layers[name](hidden_states[token]) for name in self.into], dim=-1)
+                result = layers[self.out_of](self.rule._apply_gate(joined))  # type: ignore[operator]
+                result = result * top_k_weights[token, place, None]
+                total.index_add_(0, token, result.to(total.dtype))
+            return total
+
+    return QuantizedExperts
+
+
+def _split_experts(model: PreTrainedModel, folder: Path, names: _Names, on_disk: list[str]) -> None:
+    """Replaces each merged experts module that lies on disk expert by expert, and tells `names`."""
+    found: dict[str, dict[str, dict[int, str]]] = {}
+    for name in on_disk:
+        inner = names.tensor(name)
+        if inner not in names.known and (merged := names.merged(inner)) and merged[0] in names.known:
+            path, _, parameter = merged[0].rpartition(".")
+            linear = inner.removesuffix(".weight").rpartition(".")[2]
+            found.setdefault(path, {}).setdefault(parameter, {})[merged[1]] = linear
+    for path, parameters in found.items():
+        rule = model.get_submodule(path)
+        # Another way to compute the experts must be refused, not guessed at.
+        plain = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+        plain["has_post_expert_norm"] = False
+        into, out_of = parameters.get("gate_up_proj", {}), parameters.get("down_proj", {})
+        odd = (len(parameters), set(into), set(out_of)) != (2, {0, 1}, {0})
+        if odd or any(getattr(rule, key, False) is not value for key, value in plain.items()):
+            fault = f"the experts {path!r} are incomplete or of a kind that cannot be loaded ({type(rule).__name__})"
+            raise SourceError(fault, where=str(folder), hint="quantize this model without its experts")
+        model.set_submodule(path, _experts_class()(rule, [into[0], into[1]], out_of[0]))
+    names.known = set(model.state_dict())
+
+
+def _fill(
+    model: PreTrainedModel,
+    folder: Path,
+    tensors: dict[str, TensorInfo],
+    quantized: dict[str, Parts],
+    names: _Names,
+    quantizer: Any,
+    device: str,
+) -> None:
+    """Gives the empty model its weights, in file order: every tensor on disk is used once, every parameter is found."""
+    import torch
+    from safetensors import safe_open
+    from transformers import GenerationConfig
+
+    # What transformers leaves unread too: buffers that old checkpoints carry, layers that no model has.
+    ignored = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    on_disk = [n for n in tensors if not _COMPANION.fullmatch(n) and not ignored.search(n)]
+    _split_experts(model, folder, names, on_disk)
+    targets = {name: names.tensor(name) for name in on_disk}
+    _refuse(folder, [name for name, target in targets.items() if target not in names.known], "not in the model")
+    sources = {target: name for name, target in targets.items()}
+    _refuse(folder, targets.keys() - set(sources.values()), "there under two names, with and without a prefix")
+    with ExitStack() as stack:
+        files = {info.file for info in tensors.values()}
+        shards = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in files}
+
+        def read(info: TensorInfo, dtype: torch.dtype | None = None) -> torch.Tensor:
+            # A copy, since safetensors hands out a view of the mapped file, which may change or go away.
+            value: torch.Tensor = shards[info.file].get_tensor(info.name)
+            return value.to(device=device, dtype=dtype, copy=True)
+
+        for name, target in targets.items():
+            path, _, leaf = target.rpartition(".")
+            if parts := quantized.get(name.removesuffix(".weight")):
+                _replace(model, path, parts, read, quantizer.quantization_config, folder)
+                continue
+            module = model.get_submodule(path)
+            empty = getattr(module, leaf)
+            _check_shape(folder, tensors[name], tensors[name].shape, empty.shape)
+            value = read(tensors[name], empty.dtype)
+            if leaf in module._parameters:
+                value = torch.nn.Parameter(value, requires_grad=empty.requires_grad)
+            setattr(module, leaf, value)
+    missing = names.known - sources.keys()
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes away from `missing` what it ties
+    _refuse(folder, missing, "not in the folder")
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            module._buffers[leaf] = None if buffer is None else buffer.to(device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if quantizer is not None:  # as `from_pretrained` marks a quantized model: casts are refused, sizes counted right
+        model.hf_quantizer, model.is_quantized = quantizer, True
+        model.quantization_method = quantizer.quantization_config.quant_method
+        quantizer.postprocess_model(model)
+
+
+def _check_shape(folder: Path, info: TensorInfo, found: Iterable[int], wanted: Iterable[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        _refuse(folder, [info.name], f"of shape {[*found]}; the model wants {[*wanted]}")
+
+
+def _replace(
+    model: PreTrainedModel,
+    path: str,
+    parts: Parts,
+    read: Callable[[TensorInfo], torch.Tensor],
+    settings: Any,
+    folder: Path,
+) -> None:
+    """Puts a bitsandbytes layer with the weights of `parts` in place of the linear at `path`. Its bias stays."""
+    import bitsandbytes as bnb
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    old: Any = model.get_submodule(path)
+    if not isinstance(old, nn.Linear | Conv1D):
+        _refuse(folder, [parts["weight"].name], f"quantized, but its module is a {type(old).__name__}")
+    # Conv1D holds [in, out]; on disk its quantized weight is [out, in] like any other.
+    rows, columns = reversed(old.weight.shape) if isinstance(old, Conv1D) else old.weight.shape
+    common = {"bias": False, "device": "meta"}
+    new: Any
+    data = read(parts["weight"])
+    if "SCB" in parts:
+        new = bnb.nn.Linear8bitLt(
+            columns, rows, has_fp16_weights=False, threshold=settings.llm_int8_threshold, **common
+        )
+        new.weight = bnb.nn.Int8Params(data, requires_grad=False, CB=data, SCB=read(parts["SCB"]))
+        shape = data.shape
+    else:
+        new = bnb.nn.Linear4bit(columns, rows, compute_dtype=settings.bnb_4bit_compute_dtype, **common)
+        companions = {part: read(info) for part, info in parts.items() if part != "weight"}
+        new.weight = bnb.nn.Params4bit.from_prequantized(data, companions, device=data.device, module=new)
+        new.quant_storage, shape = data.dtype, new.weight.quant_state.shape
+    _check_shape(folder, parts["weight"], shape, (rows, columns))
+    new.bias, new.source_cls = old.bias, type(old)
+    model.set_submodule(path, new)
+
+
+def _avoid_repacking(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from repacking, on AVX512_BF16 CPUs, weights whose shape its packed layout cannot hold."""
+    import bitsandbytes as bnb
+
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            block = layer.weight.quant_state.blocksize if layer.weight.quant_state else 64
+            if layer.out_features % 32 or layer.in_features % block:
+                layer.support_avx512bf16_for_cpu = False

@@ -1,0 +1,118 @@
+"""The contract of a quantization method. Methods are pure: arrays in, arrays out; they never open a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from quantkit.checkpoint.header import TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+class Parameters(BaseModel):
+    """Base of every method's parameters: the schema of the recipe's `quantize:` block and the text of `--help`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A linear as a method sees it: [rows = out_features, columns = in_features], stored in `dtype`."""
+
+    module: str
+    dtype: str
+    rows: int
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What encoding one tensor cost: Σ(w − ŵ)² and Σw² over the sampled weights, and how many were not finite."""
+
+    squared_error: float
+    squared_norm: float
+    nonfinite: int = 0
+
+    @property
+    def relative_error(self) -> float:
+        """‖W − Ŵ‖ / ‖W‖ (Frobenius)."""
+        return float((self.squared_error / self.squared_norm) ** 0.5) if self.squared_norm > 0 else 0.0
+
+
+class Encoder(Protocol):
+    """One tensor being encoded, slab by slab. Slabs begin at multiples of the method's granule, in elements of the row-major weight;
+    disjoint slabs may be encoded in any order and by several threads at once."""
+
+    def encode(self, x: Array, start: int) -> Array:
+        """x: bit patterns of the elements from `start` on. Returns that run of the main tensor, ready to write."""
+        ...
+
+    def main_offset(self, start: int) -> int:
+        """Byte offset in the main tensor at which the slab that begins at element `start` lies."""
+        ...
+
+    def finish(self) -> tuple[dict[str, Array], Report]:
+        """The companions (all outputs but the first), once every slab was encoded."""
+        ...
+
+
+class Decoder(Protocol):
+    """The inverse: built from the companions, decodes runs of the main tensor."""
+
+    def decode(self, raw: npt.NDArray[np.uint8], start: int, count: int) -> npt.NDArray[np.float32]:
+        """`count` elements from `start` (a multiple of the method's granule), as the loader will see them."""
+        ...
+
+
+P = TypeVar("P", bound=Parameters)
+
+
+@dataclass(frozen=True)
+class Description:
+    """How a method with its parameters is named on the card."""
+
+    title: str
+    tags: tuple[str, ...]
+    settings: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Method(Generic[P]):
+    """A method: a name, its parameters, and the functions of the contract.
+
+    outputs: exact tensors written for a weight, the main one (streamed) first, its companions after it.
+    granule: slabs of a weight begin at multiples of this many elements.
+    encoder / decoder: see the protocols; `device` is "cpu" or a torch device. decoder raises ValueError if the
+    companions do not fit the weight.
+    config: what goes into config.json as `quantization_config`, from the source's dtype and the modules left alone.
+    """
+
+    name: str
+    bits: int
+    needs: Literal["nothing", "norms", "hessian"]
+    params: type[P]
+    outputs: Callable[[WeightSpec, P], tuple[TensorSpec, ...]]
+    granule: Callable[[WeightSpec], int]
+    encoder: Callable[[WeightSpec, P, str], Encoder]
+    decoder: Callable[[WeightSpec, P, Mapping[str, Array]], Decoder]
+    config: Callable[[P, str, tuple[str, ...]], dict[str, Any]]
+    describe: Callable[[P], Description]
+
+
+def apply(method: Method[P], weight: Array, spec: WeightSpec, params: P) -> tuple[dict[str, Array], Report]:
+    """All outputs for one weight held whole (bit patterns, row-major): the contract without the streaming."""
+    encoder = method.encoder(spec, params, "cpu")
+    main, *_ = method.outputs(spec, params)
+    first = encoder.encode(weight.reshape(-1), 0)
+    companions, report = encoder.finish()
+    return {main.name: first.reshape(main.shape), **companions}, report

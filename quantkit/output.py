@@ -1,0 +1,111 @@
+"""The folder to write: whose it is, whether it is finished, and what may be replaced in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantkit.checkpoint.journal import FOLDER, Journal
+from quantkit.checkpoint.reader import read_json
+from quantkit.checkpoint.writer import PARTIAL
+from quantkit.errors import OutputError, SourceError
+from quantkit.layouts import Checkpoint
+from quantkit.plan import Plan
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+
+
+def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -> Journal | None:
+    """The journal to write `plan` into `out` under, its entries those of an unfinished run of the same plan; None if
+    the folder holds the finished result already. Raises OutputError; nothing is touched then."""
+    _check_apart(out, checkpoint.folder)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
+    names = _names(out)
+    finished = _finished_hash(out)
+    unfinished = (out / FOLDER / "journal").exists()
+    if finished == plan.hash and not unfinished and not force:
+        return None
+    if names and not unfinished and not force:
+        what = "holds the result of another plan" if finished else f"is not empty ({', '.join(names[:3])})"
+        raise OutputError(
+            f"the output folder {what}", where=str(out), hint="name another -o, or replace it with --force"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        journal = Journal(out)
+    except OSError as e:
+        raise OutputError(
+            f"the output folder cannot be written: {e.strerror}",
+            where=str(out),
+            hint="check its permissions, or name another -o",
+        ) from None
+    head = {"plan": plan.hash, "stamps": {f.name: list(f.stamp) for f in checkpoint.files}}
+    try:
+        if journal.head is not None and not force:
+            if journal.head.get("plan") != plan.hash:
+                raise OutputError(
+                    "the output folder holds an unfinished run of another plan", where=str(out),
+                    hint="finish it with its own command, name another -o, or discard it with --force",
+                )  # fmt: skip
+            if journal.head != head:
+                raise SourceError(
+                    "the source changed since the unfinished run began", where=str(checkpoint.folder),
+                    hint="start over with --force",
+                )  # fmt: skip
+            return journal
+        if force:
+            _clear(out, plan)
+        journal.start(head)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or target.is_relative_to(origin) or origin.is_relative_to(target):
+        raise OutputError(
+            "the output folder and the source folder contain each other",
+            where=str(out),
+            hint="write to a folder beside it",
+        )
+
+
+def _names(out: Path) -> list[str]:
+    try:
+        return sorted(p.name for p in out.iterdir() if p.name != FOLDER) if out.is_dir() else []
+    except OSError as e:
+        raise OutputError(f"the output folder cannot be read: {e.strerror}", where=str(out)) from None
+
+
+def _finished_hash(out: Path) -> str | None:
+    if not (out / "config.json").exists() or not (out / "quantkit.json").exists():
+        return None
+    try:
+        return str(read_json(out / "quantkit.json").get("plan_hash"))
+    except SourceError:
+        return None
+
+
+def _clear(out: Path, plan: Plan) -> None:
+    """What --force replaces: the files that this plan writes, and those that an earlier quantkit run lists as its own.
+    Weights of anybody else are never deleted."""
+    ours = {f.name for f in plan.files}
+    try:
+        ours |= {str(row["name"]) for row in read_json(out / "quantkit.json")["files"]}
+    except (SourceError, KeyError, TypeError):
+        pass
+    ours |= {name + PARTIAL for name in ours}
+    partial_shards = {n for n in _names(out) if n.startswith("model") and n.endswith(".safetensors" + PARTIAL)}
+    foreign = [n for n in _names(out) if n.endswith(WEIGHT_SUFFIXES) and n not in ours]
+    if foreign:
+        raise OutputError(
+            f"{foreign[0]} is a weight file that quantkit did not write; --force does not delete it",
+            where=str(out), hint="name another -o, or remove the file yourself",
+        )  # fmt: skip
+    # config.json first: from then on no loader takes the folder for a model.
+    for name in ["config.json", *sorted((ours | partial_shards) - {"config.json"})]:
+        path = out / name
+        if path.parent == out and path.is_file():
+            path.unlink()

@@ -1,0 +1,140 @@
+"""The plan: pure data that says every byte of the output before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantkit.architectures import Linear
+from quantkit.checkpoint.header import TensorInfo, TensorSpec
+from quantkit.memory import MemoryPlan
+from quantkit.methods.base import WeightSpec
+from quantkit.recipe import Recipe
+
+WEIGHTS, INDEX, CONFIG, MANIFEST, CARD, COPY = "weights", "index", "config", "manifest", "card", "copy"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the source comes from: its public name, its Hub id and commit where known."""
+
+    name: str
+    base_model: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest thing committed: one source tensor and what is written for it.
+
+    `linear` and `weight` are set where it is encoded; otherwise its bytes are copied to the single output.
+    """
+
+    source: TensorInfo
+    outputs: tuple[TensorInfo, ...]
+    linear: Linear | None = None
+    weight: WeightSpec | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    name: str
+    nbytes: int
+    role: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file: its header, ready to write, and its size."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    origin: Origin
+    architecture: str
+    hash: str
+    units: tuple[Unit, ...]
+    shards: tuple[Shard, ...]
+    files: tuple[PlannedFile, ...]
+    config: Mapping[str, Any]
+    memory: MemoryPlan
+    warnings: tuple[str, ...]
+    draft: Mapping[str, Any]  # the manifest without what only the run can measure
+
+    @property
+    def encoded(self) -> tuple[Unit, ...]:
+        return tuple(u for u in self.units if u.linear is not None)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(u.source.nbytes for u in self.units)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all output tensors, headers excluded."""
+        return sum(t.nbytes for u in self.units for t in u.outputs)
+
+    @property
+    def disk(self) -> int:
+        return sum(f.nbytes for f in self.files)
+
+    @property
+    def parameters(self) -> int:
+        return sum(u.source.numel for u in self.units)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the encoded linears, companions included."""
+        weights = sum(u.source.numel for u in self.encoded)
+        return 8 * sum(t.nbytes for u in self.encoded for t in u.outputs) / weights
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        return 8 * self.weight_bytes / self.parameters
+
+    def to_json(self) -> dict[str, Any]:
+        """What `plan --json` prints."""
+        return {
+            "plan_hash": self.hash,
+            "source": asdict(self.origin),
+            "architecture": self.architecture,
+            "recipe": self.recipe.canonical(),
+            "parameters": self.parameters,
+            "source_bytes": self.source_bytes,
+            "weight_bytes": self.weight_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
+            "disk_bytes": self.disk,
+            "passes_over_source": 1,
+            "memory": {**asdict(self.memory), "peak": self.memory.peak},
+            "files": [asdict(f) for f in self.files],
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": t.file}
+                for u in self.units
+                for t in u.outputs
+            ],
+            "warnings": list(self.warnings),
+        }
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain data in one canonical spelling."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def spec_key(spec: TensorSpec) -> list[Any]:
+    return [spec.name, spec.dtype, list(spec.shape)]

@@ -1,0 +1,250 @@
+"""The manifest (quantkit.json), and the card made from it.
+
+The manifest is the record; the card is its rendering, so `quantkit card OUT` needs nothing else. What only the run can
+measure (errors, checksums) enters at fixed places, so that both files have a size before they have their contents.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
+from quantkit.layouts import Checkpoint
+from quantkit.methods.base import Report
+from quantkit.parent_card import ParentCard, read_parent_card
+from quantkit.plan import CARD, MANIFEST, Plan, PlannedFile, Unit
+from quantkit.version import __version__
+
+FORMAT = 1
+ERROR_NOTE = (
+    "relative Frobenius error ‖W − Ŵ‖ / ‖W‖, measured while encoding, on every 16th block or row of every tensor"
+)
+# As wide in JSON as any error or count that a run can measure.
+_WIDEST = 1.23456e-100
+_WIDEST_COUNT = 10**12
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the run found out: a Report for each encoded tensor, SHA-256 of what was written and of what was read."""
+
+    reports: Mapping[str, Report]
+    outputs: Mapping[str, str]
+    sources: Mapping[str, str]
+
+    @classmethod
+    def placeholder(cls, plan: Plan, files: Iterable[PlannedFile]) -> Measured:
+        """Stand-ins of the widest values."""
+        widest = Report(_WIDEST * _WIDEST, 1.0, _WIDEST_COUNT)
+        return cls(
+            {u.name: widest for u in plan.encoded},
+            {f.name: "0" * 64 for f in files},
+            {row["name"]: "0" * 64 for row in plan.draft["source"]["files"]},
+        )
+
+
+def draft_manifest(
+    plan: Plan, checkpoint: Checkpoint, skipped: Iterable[str], stripped: Iterable[str], loader: str
+) -> dict[str, Any]:
+    """All of the manifest that is known before the run."""
+    quantize = plan.recipe.quantize
+    about = quantize.implementation.describe(quantize.params)
+    parent = read_parent_card(checkpoint.parent_card)
+    kept: dict[str, int] = defaultdict(int)
+    for unit in plan.units:
+        if unit.linear is None:
+            kept[_kind(unit.name)] += unit.source.nbytes
+    return {
+        "format": FORMAT,
+        "quantkit": __version__,
+        "plan_hash": plan.hash,
+        "recipe": plan.recipe.canonical(),
+        "recipe_yaml": plan.recipe.to_yaml(),
+        "source": {
+            "name": plan.origin.name,
+            "base_model": plan.recipe.card.base_model or plan.origin.base_model,
+            "revision": plan.origin.revision,
+            "architecture": plan.architecture,
+            "parameters": plan.parameters,
+            "bytes": plan.source_bytes,
+            "removed_from_config": list(stripped),
+            "files": [{"name": f.name, "bytes": f.nbytes} for f in checkpoint.files],
+        },
+        "method": {
+            "title": about.title,
+            "bits": quantize.bits,
+            "tags": list(about.tags),
+            "settings": [list(row) for row in about.settings],
+            "skipped_modules": list(skipped),
+        },
+        "result": {
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "model_bits_per_weight": round(plan.model_bits_per_weight, 4),
+            "weight_bytes": plan.weight_bytes,
+            "kept": sorted(([k, n] for k, n in kept.items()), key=lambda row: -int(row[1])),
+            "loader": loader,
+            "chat": _has_chat_template(checkpoint),
+            "warnings": list(plan.warnings),
+        },
+        "parent": {
+            "origin": parent.origin,
+            "metadata": _plain(parent.metadata),
+            "problems": list(parent.problems),
+            "body": parent.body,
+        },
+        "kinds": {u.name: u.linear.kind for u in plan.encoded if u.linear},
+        "tensors": [_tensor_row(u) for u in plan.units],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "numba")},
+        },
+    }
+
+
+def finish_manifest(draft: Mapping[str, Any], measured: Measured, files: Iterable[PlannedFile]) -> dict[str, Any]:
+    """The whole manifest: the draft with errors and checksums. `files` are the planned ones; manifest and card, which
+    cannot hold their own checksums, are passed over."""
+    manifest = {k: v for k, v in draft.items() if k != "kinds"}
+    rows = defaultdict(list)
+    for name, kind in draft["kinds"].items():
+        rows[kind].append(name)
+    shapes = {row["name"]: row["shape"] for row in draft["tensors"]}
+    manifest["errors"] = [_error_row(kind, names, shapes, measured) for kind, names in rows.items()]
+    manifest["tensors"] = [
+        {**row, "error": _short(measured.reports[row["name"]].relative_error)} if row["quantized"] else row
+        for row in draft["tensors"]
+    ]
+    if draft["recipe"]["allow_nonfinite"]:
+        manifest["nonfinite"] = min(sum(r.nonfinite for r in measured.reports.values()), _WIDEST_COUNT)
+    source = dict(draft["source"])
+    source["files"] = [{**row, "sha256": measured.sources[row["name"]]} for row in source["files"]]
+    manifest["source"] = source
+    manifest["files"] = [
+        {"name": f.name, "bytes": f.nbytes, "sha256": measured.outputs[f.name]}
+        for f in files
+        if f.role not in (MANIFEST, CARD)
+    ]
+    return manifest
+
+
+def _error_row(kind: str, names: list[str], shapes: Mapping[str, list[int]], measured: Measured) -> dict[str, Any]:
+    reports = [measured.reports[n] for n in names]
+    error, norm = (math.fsum(x) for x in zip(*((r.squared_error, r.squared_norm) for r in reports), strict=True))
+    return {
+        "kind": kind,
+        "tensors": len(names),
+        "weights": sum(math.prod(shapes[n]) for n in names),
+        "mean": _short(math.sqrt(error / norm) if norm > 0 else 0.0),
+        "worst": _short(max(r.relative_error for r in reports)),
+    }
+
+
+def _tensor_row(unit: Unit) -> dict[str, Any]:
+    """A source tensor as the manifest lists it: a weight [out, in] if it was quantized, else as it is stored."""
+    shape = [unit.weight.rows, unit.weight.columns] if unit.weight else list(unit.source.shape)
+    return {"name": unit.name, "dtype": unit.source.dtype, "shape": shape, "quantized": unit.weight is not None}
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+def manifest_text(manifest: Mapping[str, Any], nbytes: int | None = None) -> bytes:
+    """JSON, padded with spaces before its last newline to the size that the plan gave it."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+    return text.ljust((nbytes or 0) - 1) + b"\n"
+
+
+def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """README.md from the manifest and config.json."""
+    source, method, result, parent = (manifest[k] for k in ("source", "method", "result", "parent"))
+    card = manifest["recipe"]["card"]
+    facts = CardFacts(
+        name=f"{source['name'].rsplit('/')[-1]} {method['title']}",
+        base_model=source["base_model"],
+        source_name=source["name"],
+        revision=source["revision"],
+        license=card["license"],
+        quantized_by=card["quantized_by"],
+        parent=ParentCard(parent["metadata"], parent["body"], parent["origin"], tuple(parent["problems"])),
+        method_title=method["title"],
+        bits=method["bits"],
+        tags=tuple(method["tags"]),
+        settings=tuple((a, b) for a, b in method["settings"]),
+        source_bytes=source["bytes"],
+        output_bytes=result["weight_bytes"],
+        bits_per_weight=result["bits_per_weight"],
+        model_bits_per_weight=result["model_bits_per_weight"],
+        parameters=source["parameters"],
+        architecture=source["architecture"],
+        kept=tuple((k, n) for k, n in result["kept"]),
+        errors=tuple(ErrorRow(**row) for row in manifest["errors"]),
+        error_note=ERROR_NOTE,
+        nonfinite=(("quantized tensors", manifest["nonfinite"]),) if "nonfinite" in manifest else (),
+        files=tuple(FileRow(row["name"], row["bytes"], row["sha256"]) for row in manifest["files"]),
+        loader=result["loader"],
+        chat=result["chat"],
+        warnings=tuple(result["warnings"]),
+        config=config,
+        stripped=tuple(source["removed_from_config"]),
+        command=_command(manifest),
+        recipe_yaml=manifest["recipe_yaml"],
+        versions=(("quantkit", manifest["quantkit"]), *manifest["versions"].items()),
+        plan_hash=manifest["plan_hash"],
+        evaluation=None,
+    )
+    return render_card(facts)
+
+
+def _command(manifest: Mapping[str, Any]) -> str:
+    """The command that makes this folder again, with a stand-in for the output path."""
+    recipe, source = manifest["recipe"], manifest["source"]
+    quantize = recipe["quantize"]
+    words = ["quantkit", "quantize", source["name"], "-o", "OUT", "--bits", str(quantize["bits"])]
+    if source["revision"] and source["base_model"] == source["name"]:
+        words += ["--revision", source["revision"]]
+    if quantize.get("quant_type", "nf4") != "nf4":
+        words += ["--quant-type", quantize["quant_type"]]
+    if quantize.get("double_quant") is False:
+        words.append("--no-double-quant")
+    for pattern in quantize["skip"]:
+        words += ["--skip", pattern]
+    if recipe["shard_size"] != 5 * 10**9:
+        words += ["--shard-size", str(recipe["shard_size"])]
+    if recipe["allow_nonfinite"]:
+        words.append("--allow-nonfinite")
+    if recipe["device"] != "cpu":
+        words += ["--device", recipe["device"]]
+    for key, value in recipe["card"].items():
+        if value is not None:
+            words += ["--set", f"card.{key}={value}"]
+    return shlex.join(words)
+
+
+def _kind(name: str) -> str:
+    """A tensor's name without the indices of layers and experts."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def _has_chat_template(checkpoint: Checkpoint) -> bool:
+    if any(name.startswith("chat_template") for name, _ in checkpoint.side_files):
+        return True
+    path = checkpoint.folder / "tokenizer_config.json"
+    return path.exists() and b'"chat_template"' in path.read_bytes()
+
+
+def _plain(value: Any) -> Any:
+    """Metadata as JSON can hold it: YAML knows dates."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

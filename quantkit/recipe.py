@@ -1,0 +1,233 @@
+"""What to do, as data: a frozen Recipe, read from YAML, from options, or from both.
+
+Order of precedence: the file, then `--set`, then options. Every error names the key, its line, and the nearest key
+that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from quantkit.errors import RecipeError
+from quantkit.methods import METHODS
+from quantkit.methods.base import Method, Parameters
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(value: object) -> int:
+    """Bytes from an int or from "5GB", "512MiB", "1.5 GB"; ValueError otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+    if not match:
+        raise ValueError(f"{value!r} is not a size; write bytes, or a number with KB, MB, GB, MiB or GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Quantize(_Block):
+    """`quantize:` — which method, and which modules it leaves alone. `params` holds the method's own keys."""
+
+    method: str = "bnb"
+    bits: int = 4
+    skip: tuple[str, ...] = ()
+    params: Parameters
+
+    @property
+    def implementation(self) -> Method[Any]:
+        return METHODS[self.method, self.bits]
+
+
+class Card(_Block):
+    """`card:` — what only the publisher knows."""
+
+    base_model: str | None = None
+    license: str | None = None
+    quantized_by: str | None = None
+
+
+class Resources(_Block):
+    """`resources:` — how to run. Only `device` can change the output: a GPU rounds a few weights in a million apart."""
+
+    device: str = "cpu"
+    threads: int | None = Field(None, ge=1, le=256)
+    max_memory: Size | None = None
+
+
+class Recipe(_Block):
+    source: str
+    revision: str | None = None
+    output: str | None = None
+    quantize: Quantize
+    shard_size: Size = 5 * 10**9
+    allow_nonfinite: bool = False
+    card: Card = Card()
+    resources: Resources = Resources()
+
+    def canonical(self) -> dict[str, Any]:
+        """The part of the recipe that determines the output's bytes, as plain data with stable keys."""
+        quantize = self.quantize
+        return {
+            "quantize": {
+                "method": quantize.method,
+                "bits": quantize.bits,
+                **quantize.params.model_dump(),
+                "skip": list(quantize.skip),
+            },
+            "shard_size": self.shard_size,
+            "allow_nonfinite": self.allow_nonfinite,
+            "card": self.card.model_dump(),
+            "device": self.resources.device,
+        }
+
+    def to_yaml(self) -> str:
+        """A recipe file that reproduces this run; the source by name, no path of this machine."""
+        table = self.canonical()
+        device = table.pop("device")
+        if device != "cpu":
+            table["resources"] = {"device": device}
+        table["card"] = {k: v for k, v in table["card"].items() if v is not None}
+        table = {k: v for k, v in table.items() if v not in ({}, False)}
+        return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path | None, assignments: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
+    """A Recipe from a YAML file (or none), `--set key=value` assignments and options given as {dotted key: value}.
+
+    Raises RecipeError. Options that are None were not given.
+    """
+    table: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    if path is not None:
+        table, lines = _read_yaml(path)
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {assignment!r} is not KEY=VALUE", hint="for example --set quantize.bits=8")
+        try:
+            _put(table, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {key}: the value is not YAML", where=value) from None
+    for key, value in (options or {}).items():
+        if value is not None:
+            _put(table, key, value)
+    return build_recipe(table, where=str(path) if path else "", lines=lines)
+
+
+def build_recipe(
+    table: Mapping[str, Any], *, where: str = "", lines: Mapping[tuple[str, ...], int] | None = None
+) -> Recipe:
+    """Validates plain data into a Recipe; RecipeError names the key (and its line, where `lines` knows it)."""
+
+    def fail(what: str, keys: tuple[str, ...], hint: str = "") -> RecipeError:
+        line = (lines or {}).get(keys)
+        place = f"{where}, line {line}" if where and line else where
+        return RecipeError(what, where=place, hint=hint)
+
+    table = dict(table)
+    block = table.get("quantize", {})
+    if not isinstance(block, dict):
+        raise fail("quantize is not a block of keys", ("quantize",), "write `quantize:` and indent its keys below")
+    block = dict(block)
+    method, bits = block.pop("method", "bnb"), block.pop("bits", 4)
+    names = sorted({name for name, _ in METHODS})
+    if method not in names:
+        raise fail(f"unknown method {method!r}", ("quantize", "method"), _did_you_mean(str(method), names))
+    widths = sorted(b for name, b in METHODS if name == method)
+    if type(bits) is not int or bits not in widths:
+        choice = " or ".join(map(str, widths))
+        raise fail(f"method {method} has no {bits!r}-bit form", ("quantize", "bits"), f"use --bits {choice}")
+    implementation = METHODS[method, bits]
+    skip = block.pop("skip", ())
+    skip = [skip] if isinstance(skip, str) else skip
+    try:
+        params = implementation.params.model_validate(block)
+        if not isinstance(skip, (list, tuple)):
+            raise fail("skip is not a list of patterns", ("quantize", "skip"))
+        table["quantize"] = Quantize.model_validate(
+            {"method": method, "bits": bits, "skip": tuple(skip), "params": params}
+        )
+        for key, model in (("card", Card), ("resources", Resources)):
+            if isinstance(table.get(key), dict):
+                table[key] = model.model_validate(table[key])
+        return Recipe.model_validate(table)
+    except ValidationError as e:
+        error = e.errors()[0]
+        title = e.title
+    prefix = {implementation.params.__name__: ("quantize",), "Quantize": ("quantize",), "Card": ("card",),
+              "Resources": ("resources",)}.get(title, ())  # fmt: skip
+    keys = (*prefix, *(str(part) for part in error["loc"]))
+    dotted = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        blocks: dict[str, type[BaseModel]] = {"Card": Card, "Resources": Resources, "Recipe": Recipe}
+        known = blocks.get(title)
+        names = list((known or implementation.params).model_fields) + ([] if known else ["method", "bits", "skip"])
+        other = [] if known else [n for m in METHODS.values() for n in m.params.model_fields]
+        if keys[-1] in other:
+            raise fail(f"{keys[-1]} does not apply to {method} with {bits} bits", keys, "leave it out")
+        raise fail(f"unknown key {dotted!r}", keys, _did_you_mean(keys[-1], names))
+    if error["type"] == "missing":
+        raise fail(f"{dotted} is missing", keys, "name it in the recipe or on the command line")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, f"it is {error['input']!r}")
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _put(table: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key} is not a block, so {dotted} cannot be set")
+        table = inner
+    table[last] = value
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        text = path.read_text("utf-8")
+    except OSError as e:
+        raise RecipeError(f"the recipe cannot be read: {e.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise RecipeError("the recipe is not UTF-8 text", where=str(path)) from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        table = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        mark = getattr(e, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"the recipe is not valid YAML: {getattr(e, 'problem', e)}", where=place) from None
+    if not isinstance(table, dict):
+        raise RecipeError("the recipe is not a table of keys", where=str(path), hint="begin with `source: …`")
+    lines: dict[tuple[str, ...], int] = {}
+    _note_lines(node, (), lines, str(path))
+    return table, lines
+
+
+def _note_lines(node: Any, prefix: tuple[str, ...], lines: dict[tuple[str, ...], int], where: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, str(key.value))
+            line = key.start_mark.line + 1
+            if path in lines:
+                raise RecipeError(f"the key {'.'.join(path)!r} stands twice", where=f"{where}, line {line}")
+            lines[path] = line
+            _note_lines(value, path, lines, where)

@@ -1,0 +1,293 @@
+"""Proves a written folder: files, headers, index, config, manifest and checksums; decodes every quantized tensor; and,
+with the source at hand, measures its error and compares what should be untouched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.checkpoint.header import DTYPE_BITS, TensorInfo, TensorSpec
+from quantkit.checkpoint.reader import SourceFiles, read_json, run_of
+from quantkit.console import Console, Progress
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.layouts import Checkpoint, open_checkpoint
+from quantkit.layouts.hf import SIDE_FILES
+from quantkit.memory import SLAB
+from quantkit.methods.base import Array, Decoder, WeightSpec
+from quantkit.output import WEIGHT_SUFFIXES
+from quantkit.recipe import Quantize, build_recipe
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome: what is wrong (nothing, if the folder is sound), how much was looked at, and, where a source was given,
+    the relative error of each quantized tensor over all its weights."""
+
+    problems: tuple[str, ...]
+    files: int
+    tensors: int
+    quantized: int
+    compared: int
+    errors: Mapping[str, float]
+
+
+def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Console) -> Verification:
+    """Checks `folder`. `quick` reads headers and sizes only; `source` adds the comparison with what it was made from.
+
+    Raises UsageError if this is no folder that quantkit wrote; everything else that is wrong is in `problems`.
+    """
+    if quick and source is not None:
+        raise UsageError("--quick reads no weights, so it cannot compare with --source", hint="leave one of them out")
+    if not (folder / "quantkit.json").is_file():
+        if (folder / ".quantkit" / "journal").exists():
+            raise UsageError(
+                "the folder holds an unfinished run", where=str(folder), hint="run its command again first"
+            )
+        raise UsageError(
+            "the folder has no quantkit.json, so quantkit did not write it", where=str(folder), hint="check the path"
+        )
+    parent = open_checkpoint(source) if source is not None else None
+    check = _Check(folder, console)
+    try:
+        check.run(parent, quick=quick)
+    except (QuantkitError, OSError) as e:
+        check.problems.append(str(e).splitlines()[0])
+    return Verification(
+        tuple(check.problems), check.files, check.tensors, check.quantized, check.compared, dict(check.errors)
+    )
+
+
+class _Check:
+    """Collects problems; one broken file does not hide the next."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console = folder, console
+        self.problems: list[str] = []
+        self.files = self.tensors = self.quantized = self.compared = 0
+        self.errors: dict[str, float] = {}
+
+    def run(self, parent: Checkpoint | None, *, quick: bool) -> None:
+        manifest = read_json(self.folder / "quantkit.json")
+        try:
+            quantize = build_recipe({"source": "", "quantize": manifest["recipe"]["quantize"]}).quantize
+            rows = [_Row.read(row) for row in manifest["tensors"]]
+            listed = {str(f["name"]): (int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]}
+        except (QuantkitError, KeyError, TypeError, ValueError) as e:
+            self.problems.append(f"quantkit.json: not a manifest of quantkit ({e})")
+            return
+        self._check_files(listed, quick=quick)
+        checkpoint = open_checkpoint(self.folder)
+        self.tensors, self.quantized = len(checkpoint.tensors), sum(row.quantized for row in rows)
+        sound = self._check_tensors(checkpoint, rows, quantize)
+        self._check_config(checkpoint, rows, quantize)
+        if quick:
+            return
+        with SourceFiles(self.folder, checkpoint.files) as files, self._progress(checkpoint) as progress:
+            if parent is None:
+                self._decode_all(checkpoint, files, sound, quantize, progress)
+            else:
+                with SourceFiles(parent.folder, parent.files) as parent_files:
+                    for row in sound:
+                        self._compare(checkpoint, files, parent, parent_files, row, quantize)
+                        progress.advance(sum(checkpoint.tensors[t.name].nbytes for t in row.outputs(quantize)))
+                        progress.unit(row.name, row.spec.nbytes, 0)
+
+    def _progress(self, checkpoint: Checkpoint) -> Progress:
+        return self.console.progress(sum(t.nbytes for t in checkpoint.tensors.values()))
+
+    def _check_files(self, listed: Mapping[str, tuple[int, str]], *, quick: bool) -> None:
+        for name, (size, digest) in listed.items():
+            path = self.folder / name
+            self.files += 1
+            if "/" in name or not path.is_file():
+                self.problems.append(f"{name}: missing")
+            elif path.stat().st_size != size:
+                self.problems.append(f"{name}: {path.stat().st_size:,} bytes, the manifest says {size:,}")
+            elif not quick and sha256_of(path) != digest:
+                self.problems.append(f"{name}: its SHA-256 is not the manifest's")
+        if not (self.folder / "README.md").is_file():
+            self.problems.append("README.md: missing; `quantkit card` writes it again")
+        for path in sorted(self.folder.iterdir()):
+            # Anything may lie beside a model, but not what a loader would pick up in place of it.
+            loaded = path.name.endswith((*WEIGHT_SUFFIXES, ".index.json", ".partial")) or SIDE_FILES.fullmatch(
+                path.name
+            )
+            if loaded and path.name not in listed:
+                self.problems.append(f"{path.name}: a stray file that the manifest does not list")
+
+    def _check_tensors(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize) -> list[_Row]:
+        """Compares every header entry with what the manifest's tensors must have become; returns the rows that fit."""
+        sound = []
+        unclaimed = dict(checkpoint.tensors)
+        for row in rows:
+            wanted = row.outputs(quantize)
+            wrong = [_difference(unclaimed.pop(spec.name, None), spec) for spec in wanted]
+            self.problems += [w for w in wrong if w]
+            if not any(wrong):
+                sound.append(row)
+        self.problems += [f"tensor {name!r}: the manifest does not know it" for name in unclaimed]
+        return sound
+
+    def _check_config(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize) -> None:
+        found = checkpoint.config.get("quantization_config")
+        if not isinstance(found, dict):
+            self.problems.append("config.json: no quantization_config")
+            return
+        skipped = tuple(found.get("llm_int8_skip_modules") or ())
+        dtype = next((row.spec.dtype for row in rows if row.quantized), "F32")
+        wanted = quantize.implementation.config(quantize.params, dtype, skipped)
+        for key in sorted({*found, *wanted}):
+            if found.get(key) != wanted.get(key):
+                what = f"is {found.get(key)!r}, the recipe makes it {wanted.get(key)!r}"
+                self.problems.append(f"config.json: quantization_config.{key} {what}")
+
+    def _decode_all(
+        self, checkpoint: Checkpoint, files: SourceFiles, rows: list[_Row], quantize: Quantize, progress: Progress
+    ) -> None:
+        for row in rows:
+            if row.quantized:
+                try:
+                    for _ in self._decoded(checkpoint, files, row, quantize):
+                        pass
+                except (ValueError, KeyError, TypeError) as e:
+                    self.problems.append(f"tensor {row.name!r} does not decode: {e}")
+            progress.advance(sum(t.nbytes for t in row.outputs(quantize)))
+            progress.unit(row.name, row.spec.nbytes, 0)
+
+    def _decoded(
+        self, checkpoint: Checkpoint, files: SourceFiles, row: _Row, quantize: Quantize
+    ) -> Iterator[tuple[int, Array]]:
+        """(first element, fp32 values) of a quantized tensor, slab by slab. ValueError if it does not decode."""
+        weight, method = row.weight, quantize.implementation
+        main, *companions = (checkpoint.tensors[spec.name] for spec in method.outputs(weight, quantize.params))
+        loaded = {info.name: _load(info, files) for info in companions}
+        decoder: Decoder = method.decoder(weight, quantize.params, loaded)
+        granule = method.granule(weight)
+        size = max(granule, SLAB // 4 // granule * granule)
+        for start in range(0, weight.numel, size):
+            count = min(size, weight.numel - start)
+            first, last = (n * main.nbytes // weight.numel for n in (start, start + count))
+            if start + count == weight.numel:
+                last = main.nbytes
+            values = decoder.decode(
+                run_of(TensorInfo("", "U8", (), main.file, main.offset), files, first, last - first, np.uint8),
+                start,
+                count,
+            )
+            if not np.isfinite(values).all():
+                raise ValueError("a value is not finite")
+            yield start, values
+
+    def _compare(
+        self,
+        checkpoint: Checkpoint,
+        files: SourceFiles,
+        parent: Checkpoint,
+        parent_files: SourceFiles,
+        row: _Row,
+        quantize: Quantize,
+    ) -> None:
+        source = parent.tensors.get(row.name)
+        if source is None or source.dtype != row.spec.dtype or source.numel != row.spec.numel:
+            self.problems.append(f"tensor {row.name!r}: the source has no such {row.spec.dtype} tensor")
+            return
+        self.compared += 1
+        if not row.quantized:
+            if not _same_bytes(checkpoint.tensors[row.name], files, source, parent_files):
+                self.problems.append(f"tensor {row.name!r}: not equal to the source, though it was only copied")
+            return
+        from quantkit.kernels.floats import BITS_DTYPE, to_float32
+
+        transposed = list(source.shape) != list(row.spec.shape)
+        whole = None
+        if transposed:
+            bits = run_of(source, parent_files, 0, source.numel, BITS_DTYPE[source.dtype])
+            whole = np.ascontiguousarray(bits.reshape(source.shape).T).reshape(-1)
+        error = norm = 0.0
+        try:
+            for start, restored in self._decoded(checkpoint, files, row, quantize):
+                if whole is not None:
+                    bits = whole[start : start + restored.size]
+                else:
+                    bits = run_of(source, parent_files, start, restored.size, BITS_DTYPE[source.dtype])
+                original = to_float32(bits, source.dtype)
+                original[~np.isfinite(original)] = 0
+                difference = original - restored
+                error += float(np.vdot(difference, difference))
+                norm += float(np.vdot(original, original))
+        except (ValueError, KeyError, TypeError) as e:
+            self.problems.append(f"tensor {row.name!r} does not decode: {e}")
+            return
+        measured = (error / norm) ** 0.5 if norm > 0 else error
+        self.errors[row.name] = measured
+        # The manifest's figure is a sample of the blocks, so a small tensor may differ from it, but not by this much.
+        if measured > 3 * row.error + 0.02:
+            what = f"relative error {measured:.4f} against the source, the manifest says {row.error:.4f}"
+            self.problems.append(f"tensor {row.name!r}: {what}")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One source tensor of the manifest. `spec.shape` is [out, in] for a quantized weight."""
+
+    spec: TensorSpec
+    quantized: bool
+    error: float
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> _Row:
+        if row["dtype"] not in DTYPE_BITS:
+            raise ValueError(f"unknown dtype {row['dtype']!r}")
+        spec = TensorSpec(str(row["name"]), str(row["dtype"]), tuple(int(n) for n in row["shape"]))
+        return cls(spec, bool(row["quantized"]), float(row.get("error", 0.0)))
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def weight(self) -> WeightSpec:
+        rows, columns = self.spec.shape
+        return WeightSpec(self.name.removesuffix(".weight"), self.spec.dtype, rows, columns)
+
+    def outputs(self, quantize: Quantize) -> tuple[TensorSpec, ...]:
+        return quantize.implementation.outputs(self.weight, quantize.params) if self.quantized else (self.spec,)
+
+
+def _difference(found: TensorInfo | None, wanted: TensorSpec) -> str:
+    if found is None:
+        return f"tensor {wanted.name!r} is missing"
+    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+        return (
+            f"tensor {wanted.name!r} is {found.dtype} {list(found.shape)}, "
+            f"the manifest makes it {wanted.dtype} {list(wanted.shape)}"
+        )
+    return ""
+
+
+def _load(info: TensorInfo, files: SourceFiles) -> Array:
+    dtypes: dict[str, Any] = {"F32": np.float32, "U8": np.uint8, "I8": np.int8}
+    return run_of(info, files, 0, info.numel, dtypes[info.dtype]).reshape(info.shape)
+
+
+def _same_bytes(a: TensorInfo, a_files: SourceFiles, b: TensorInfo, b_files: SourceFiles) -> bool:
+    if a.nbytes != b.nbytes:
+        return False
+    buffers = np.empty((2, SLAB), np.uint8)
+    for start in range(0, a.nbytes, SLAB):
+        n = min(SLAB, a.nbytes - start)
+        a_files.read_into(buffers[0, :n], a.file, a.offset + start)
+        b_files.read_into(buffers[1, :n], b.file, b.offset + start)
+        if not np.array_equal(buffers[0, :n], buffers[1, :n]):
+            return False
+    return True
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
