@@ -432,7 +432,8 @@ def render_card(facts: CardFacts) -> str:
         notes=[*facts.parent.problems, *left_out, *quote_notes],
         quote=_fence(quote, "text") if quote else None,
         stale=_stale_claims(facts.parent.body, facts.config),
-        variable=_Markdown(json.dumps(_short_name(facts.name), ensure_ascii=False)),
+        # A name fit for a folder or a repository is a better stand-in than none; a title is neither.
+        variable=_Markdown(f'"{facts.name if is_hub_id(facts.name) else "path/or/repo-id"}"'),
         needs=_needs(facts),
         source_bits=8 * facts.source_bytes / facts.parameters if facts.parameters else None,
         percent=_percent,
@@ -488,7 +489,7 @@ def _percent(value: float) -> _Markdown:
 
 def _count(value: int) -> _Markdown:
     """Always fifteen characters, up to a trillion."""
-    return _Markdown(f"{value:,d}")
+    return _Markdown(f"{value:>15,d}")
 
 
 def _sum(value: str) -> _Markdown:

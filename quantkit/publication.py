@@ -24,9 +24,7 @@ from quantkit.plan import CARD, MANIFEST, Plan, PlannedFile, Unit
 from quantkit.version import __version__
 
 FORMAT = 1
-ERROR_NOTE = (
-    "relative Frobenius error ‖W − Ŵ‖ / ‖W‖, measured while encoding, on every 16th block or row of every tensor"
-)
+ERROR_NOTE = "Measured while encoding, on every 16th block (4-bit) or row (8-bit) of every tensor."
 # As wide in JSON as any error or count that a run can measure.
 _WIDEST = 1.23456e-100
 _WIDEST_COUNT = 10**12
@@ -80,6 +78,7 @@ def draft_manifest(
         },
         "method": {
             "title": about.title,
+            "slug": about.slug,
             "bits": quantize.bits,
             "tags": list(about.tags),
             "settings": [list(row) for row in about.settings],
@@ -168,7 +167,7 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
     source, method, result, parent = (manifest[k] for k in ("source", "method", "result", "parent"))
     card = manifest["recipe"]["card"]
     facts = CardFacts(
-        name=f"{source['name'].rsplit('/')[-1]} {method['title']}",
+        name=f"{source['name'].rsplit('/', 1)[-1]}-{method['slug']}",
         base_model=source["base_model"],
         source_name=source["name"],
         revision=source["revision"],

@@ -101,6 +101,8 @@ class Recipe(_Block):
         if device != "cpu":
             table["resources"] = {"device": device}
         table["card"] = {k: v for k, v in table["card"].items() if v is not None}
+        if not table["quantize"]["skip"]:
+            del table["quantize"]["skip"]
         table = {k: v for k, v in table.items() if v not in ({}, False)}
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
 

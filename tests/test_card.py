@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -24,12 +24,16 @@ from quantkit.card import (
     CardFacts,
     ErrorRow,
     FileRow,
+    _code,
+    _escape,
+    _public,
     front_matter,
     read_parent_card,
     render_card,
     validate_front_matter,
 )
 from quantkit.errors import RecipeError
+from quantkit.parent_card import clean_line
 
 SUM = "0123456789abcdef" * 4
 COMMIT = "89abcdef" * 5
@@ -272,6 +276,8 @@ def test_snippet_loads_this_folder_and_uses_only_names_it_defines(loader: Any, c
     ]
     assert [ast.unparse(call.args[0]) for call in loads] == ["PATH_OR_REPO_ID"] * 2
     assert code.count("PATH_OR_REPO_ID = ") == 1
+    assert 'PATH_OR_REPO_ID = "path/or/repo-id"  # this folder' in code
+    assert 'PATH_OR_REPO_ID = "Owl-7B-nf4"  # this folder' in render(loader=loader)
     assert ("apply_chat_template" in code) == chat
     assert ("quantkit.load" in code) == (loader == "quantkit")
 
@@ -545,6 +551,22 @@ def test_no_fact_can_act(text: str) -> None:
 def test_no_text_can_act(text: str) -> None:
     changes: dict[str, Any] = {"method_title": text, "warnings": (text,), "name": text, "settings": ((text, text),)}
     assert_sound(render(text, kept=((text, 1),), command=text, error_note="note " + text, **changes))
+
+
+@settings(deadline=None)
+@given(st.text(st.one_of(st.sampled_from("`|<>[]()*_#-\\&;!$:.1 aw"), st.characters()), min_size=1, max_size=30))
+@example("&lt;b&gt; &amp;#58; &copy;")
+@example("__init__ a_b _x_ **y** 1. 2) | \\| `` <i> $z$ [a](b)")
+def test_escaped_text_is_shown_as_it_was(text: str) -> None:
+    shown = clean_line(text)
+    if not shown or shown != _public(shown):
+        return
+    for markdown in (_escape(text), _code(text)):
+        tokens = MarkdownIt("commonmark").enable("table").parse(f"|x|\n|-|\n| {markdown} |")
+        cells = [token for token in tokens if token.type == "inline"]
+        assert len(cells) == 2
+        parts = cells[1].children or []
+        assert "".join(part.content for part in parts if part.type != "html_inline").strip() == shown.strip()
 
 
 def test_a_huge_body_is_cut_and_said_to_be() -> None:

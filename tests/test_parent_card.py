@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.parent_card import (
@@ -208,6 +208,7 @@ def test_control_and_direction_characters_are_removed() -> None:
     assert "removed" in card.problems[0]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(st.characters(), max_size=200))
 def test_any_text_is_read(text: str) -> None:
     for candidate in (text, f"---\n{text}\n---\n{text}", f"---\nlicense: mit\n{text}"):
@@ -217,6 +218,7 @@ def test_any_text_is_read(text: str) -> None:
         carried(card), carried_tags(card), licences_mentioned(card.body)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(max_size=50))
 def test_cleaning_is_idempotent(text: str) -> None:
     assert clean_text(clean_text(text)) == clean_text(text)
@@ -225,6 +227,7 @@ def test_cleaning_is_idempotent(text: str) -> None:
     assert len(line.splitlines()) <= 1
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.one_of(st.text("ab9_-./", max_size=12), st.text(max_size=8), st.from_regex(r"[\w.-]{94,98}", fullmatch=True)))
 def test_hub_ids_as_huggingface_hub_sees_them(text: str) -> None:
     from huggingface_hub.errors import HFValidationError
@@ -238,6 +241,7 @@ def test_hub_ids_as_huggingface_hub_sees_them(text: str) -> None:
         assert is_hub_id(text)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     st.one_of(st.text("0123456789.eE+-", max_size=6), st.sampled_from(["null", "~", "", "TRUE", "False", "no", "y"]))
 )

@@ -82,6 +82,7 @@ class Description:
     """How a method with its parameters is named on the card."""
 
     title: str
+    slug: str  # ends the name of the published model
     tags: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
 

@@ -191,9 +191,9 @@ def describe(params: Bnb4bit) -> Description:
     nested = "with double quantization" if params.double_quant else "without double quantization"
     return Description(
         f"bitsandbytes {params.quant_type.upper()} {nested}",
+        f"bnb-{params.quant_type}",
         ("bitsandbytes", "4-bit", params.quant_type),
         (
-            ("Method", f"bitsandbytes 4-bit, {params.quant_type.upper()}"),
             ("Block size", "64 weights, one maximum each"),
             (
                 "Block maxima",

@@ -110,8 +110,9 @@ def config(params: BnbInt8, dtype: str, skipped: tuple[str, ...]) -> dict[str, A
 def describe(params: BnbInt8) -> Description:
     return Description(
         "bitsandbytes LLM.int8()",
-        ("bitsandbytes", "8-bit"),
-        (("Method", "bitsandbytes LLM.int8()"), ("Scale", "one 32-bit float per output row")),
+        "bnb-int8",
+        ("bitsandbytes", "8-bit", "int8"),
+        (("Scale", "one 32-bit float per output row"),),
     )
 
 
