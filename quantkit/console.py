@@ -59,7 +59,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(nbytes)
 
-    def unit(self, name: str, nbytes: int, seconds: float) -> None:
+    def unit(self, name: str, nbytes: int) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(name[-40:], refresh=False)
         elif self._lines:

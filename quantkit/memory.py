@@ -28,6 +28,7 @@ class MemoryPlan:
     """Bytes of RAM by purpose, and the settings that keep to them."""
 
     threads: int
+    in_flight: int
     slab: int
     base: int
     slabs: int
@@ -61,9 +62,10 @@ def plan_memory(
 
     def at(workers: int, slab: int) -> MemoryPlan:
         largest = max([slab, *(g * DTYPE_BITS[t.dtype] // 8 for t, _, g in linears)])
-        # A worker holds a slab, what it encodes to, and fp32 scratch of a part of it; a transposed tensor twice whole.
+        # A slab in flight has its bytes and what they encode to; a transposed tensor is there twice over.
         whole = max((t.nbytes for t, transposed, _ in linears if transposed), default=0)
-        return MemoryPlan(workers, slab, base, max(3 * largest, 3 * whole) * (workers + 1), state, table)
+        in_flight = workers + 8
+        return MemoryPlan(workers, in_flight, slab, base, 2 * max(largest, 2 * whole) * in_flight, state, table)
 
     choices = [at(n, slab) for n in sorted({workers, 1}, reverse=True) for slab in (SLAB, SMALLEST_SLAB)]
     if limit is None:

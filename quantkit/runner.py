@@ -1,12 +1,11 @@
-"""Drives a Plan: reads runs of tensors, encodes them on all cores, writes them where they belong, commits, resumes.
+"""Drives a Plan: reads the source once, encodes on all cores, writes every byte where it belongs, commits, resumes.
 
-Three kinds of thread share the work, none of which holds more than a slab:
+    main thread    reads slab after slab in file order, hashing the source as it goes by
+    workers        check a slab → encode it → write it at its offset; the last of a tensor finishes it
+    committer      syncs what is complete → journals it → hashes the output behind the frontier
 
-    workers    read a slab → check → encode → write it at its offset       (as many as --threads, and one)
-    committer  sync what is complete → journal → hash the output behind the frontier
-    hasher     reads the source once from end to end for its SHA-256: for the workers, that is read-ahead
-
-The main thread hands out slabs in file order, and finishes a tensor when its last slab is done.
+Slabs in flight are few and of one size, so memory does not grow with the model. Reading and hashing in one place is
+what makes one pass over the source enough: a second read costs as much as encoding does.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, fsync_directory
+from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorInfo, fsync_directory
 from quantkit.checkpoint.journal import Journal
-from quantkit.checkpoint.reader import SourceFiles, run_of
+from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.writer import FileLayout, ShardWriter, TrailingHash, copy_file, write_file
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, RunError, SourceError
@@ -39,6 +38,8 @@ from quantkit.output import open_output
 from quantkit.plan import CARD, COPY, INDEX, MANIFEST, Plan, Shard, Unit
 from quantkit.planner import config_text, weight_map
 from quantkit.publication import Measured, finish_manifest, manifest_text, render_from_manifest
+
+READ_AHEAD = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,21 @@ def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: boo
     return Outcome(out, already, time.monotonic() - started, peak, len(plan.units), reused)
 
 
-@dataclass
 class _Open:
     """A unit whose slabs are under way."""
 
-    unit: Unit
-    encoder: Encoder | None
-    slabs: int
-    nonfinite: int = 0
-    started: float = field(default_factory=time.monotonic)
+    def __init__(self, unit: Unit, encoder: Encoder | None, slabs: int) -> None:
+        self.unit, self.encoder = unit, encoder
+        self.started = time.monotonic()
+        self._left, self._nonfinite = slabs, 0
+        self._lock = threading.Lock()
+
+    def slab_done(self, nonfinite: int) -> int | None:
+        """Counts a slab. For the last one: how many values of the whole unit were not finite."""
+        with self._lock:
+            self._left -= 1
+            self._nonfinite += nonfinite
+            return None if self._left else self._nonfinite
 
 
 class _Run:
@@ -111,32 +118,33 @@ class _Run:
         self.reports = dict(done)
         self.pending = [u for u in plan.units if u.name not in done]
         self.committer = _Committer(plan, writer, journal, set(done))
-        self.hasher = _SourceHasher(files, journal, sources)
+        self.hashes = _SourceHashes(files, journal, sources)
 
     def run(self) -> Measured:
         total = sum(u.source.nbytes for u in self.pending)
-        workers = self.plan.memory.threads + 1
+        workers = self.plan.memory.threads
+        # Each slab in flight owns a buffer. Reusing them matters: the kernel zeroes fresh memory page by page.
+        free = [np.empty(0, np.uint8) for _ in range(self.plan.memory.in_flight)]
+        in_flight: deque[tuple[_Open, Future[bool], Array]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="slab")
         self.committer.start()
-        self.hasher.start()
-        in_flight: deque[tuple[_Open, Future[int], int]] = deque()
         try:
             with self.console.progress(total) as progress:
                 for state, start, count in self._slabs():
-                    in_flight.append((state, pool.submit(self._slab, state, start, count), count))
-                    while len(in_flight) >= 2 * workers:
-                        self._reap(in_flight, progress)
+                    if not free:
+                        free.append(self._reap(in_flight, progress))
+                    x, buffer = self._read(state.unit.source, start, count, free.pop())
+                    in_flight.append((state, pool.submit(self._slab, state, start, x), buffer))
                 while in_flight:
                     self._reap(in_flight, progress)
             outputs = self.committer.finish()
-            sources = self.hasher.finish()
+            sources = self.hashes.finish()
         except KeyboardInterrupt:
             raise Interrupted(
                 "interrupted; what is finished is kept", hint="the same command takes up where it stopped"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
-            self.hasher.stop()
             self.committer.stop()
         return Measured({u.name: self.reports[u.name] for u in self.plan.encoded}, outputs, sources)
 
@@ -144,8 +152,7 @@ class _Run:
         """(unit, first element, number of elements) of every slab to do, in file order."""
         method, params = self.plan.recipe.quantize.implementation, self.plan.recipe.quantize.params
         for unit in self.pending:
-            bits = DTYPE_BITS[unit.source.dtype]
-            size = max(1, self.plan.memory.slab * 8 // bits)
+            size = max(1, self.plan.memory.slab * 8 // DTYPE_BITS[unit.source.dtype])
             encoder = None
             if unit.weight is not None and unit.linear is not None:
                 encoder = method.encoder(unit.weight, params, self.plan.recipe.resources.device)
@@ -156,103 +163,80 @@ class _Run:
             for start in starts:
                 yield state, start, min(size, unit.source.numel - start)
 
-    def _slab(self, state: _Open, start: int, count: int) -> int:
-        """Reads, checks, encodes and writes one slab. Runs in a worker. Returns how many values were set to zero."""
+    def _read(self, source: TensorInfo, start: int, count: int, buffer: Array) -> tuple[Array, Array]:
+        """Elements as bit patterns, and the buffer that they lie in. Types that are not floats come as bytes."""
+        bits = DTYPE_BITS[source.dtype]
+        offset, nbytes = source.offset + start * bits // 8, count * bits // 8
+        if buffer.size < nbytes:
+            buffer = np.empty(nbytes, np.uint8)
+        raw = buffer[:nbytes]
+        self.files.will_read(source.file, offset + nbytes, READ_AHEAD)
+        self.files.read_into(raw, source.file, offset)
+        self.hashes.feed(source.file, offset, raw)
+        return (raw.view(f"u{bits // 8}") if source.dtype in FLOATS else raw), buffer
+
+    def _slab(self, state: _Open, start: int, x: Array) -> bool:
+        """Checks, encodes and writes one slab, in a worker. Finishes the unit with its last one, and says so."""
         unit, source = state.unit, state.unit.source
-        if unit.weight is None or state.encoder is None:
-            self._copy_slab(unit, start, count)
-            return 0
-        from quantkit.kernels.floats import BITS_DTYPE, zero_nonfinite
-
-        x = run_of(source, self.files, start, count, BITS_DTYPE[source.dtype])
-        zeroed = 0
-        if (at := _first_nonfinite(x, source.dtype)) >= 0:
-            if not self.plan.recipe.allow_nonfinite:
-                raise _nonfinite_error(unit, start + at)
-            zeroed = zero_nonfinite(x, source.dtype)
-        if unit.linear is not None and unit.linear.transposed:
-            x = np.ascontiguousarray(x.reshape(source.shape).T).reshape(-1)
+        zeroed = self._check_finite(unit, start, x) if source.dtype in FLOATS else 0
         main = unit.outputs[0]
-        offset = main.offset + state.encoder.main_offset(start)
-        self.writer.write(main.file, offset, state.encoder.encode(x, start))
-        return zeroed
-
-    def _copy_slab(self, unit: Unit, start: int, count: int) -> None:
-        source, target = unit.source, unit.outputs[0]
-        item = np.dtype(f"u{DTYPE_BITS[source.dtype] // 8}") if source.dtype in FLOATS else np.dtype(np.uint8)
-        if source.dtype not in FLOATS:
-            # Elements of any other type are only bytes here, types below a byte included.
-            start, count = (n * DTYPE_BITS[source.dtype] // 8 for n in (start, count))
-        x = run_of(source, self.files, start, count, item)
-        if source.dtype in FLOATS and not self.plan.recipe.allow_nonfinite:
-            at = _first_nonfinite(x, source.dtype)
-            if at >= 0:
-                raise _nonfinite_error(unit, start + at)
-        self.writer.write(target.file, target.offset + start * item.itemsize, x)
-
-    def _reap(self, in_flight: deque[tuple[_Open, Future[int], int]], progress: Progress) -> None:
-        """Waits for the oldest slab; finishes its tensor if it was the last one."""
-        state, future, count = in_flight.popleft()
-        state.nonfinite += future.result()
-        self.committer.check()
-        self.hasher.check()
-        state.slabs -= 1
-        unit = state.unit
-        progress.advance(count * DTYPE_BITS[unit.source.dtype] // 8)
-        if state.slabs:
-            return
+        if state.encoder is None:
+            self.writer.write(main.file, main.offset + start * DTYPE_BITS[source.dtype] // 8, x)
+        else:
+            if unit.linear is not None and unit.linear.transposed:
+                x = np.ascontiguousarray(x.reshape(source.shape).T).reshape(-1)
+            offset = main.offset + state.encoder.main_offset(start)
+            self.writer.write(main.file, offset, state.encoder.encode(x, start))
+        nonfinite = state.slab_done(zeroed)
+        if nonfinite is None:
+            return False
         report = Report(0.0, 0.0)
         if state.encoder is not None:
             companions, measured = state.encoder.finish()
             for info in unit.outputs[1:]:
                 self.writer.write(info.file, info.offset, companions[info.name])
-            report = Report(measured.squared_error, measured.squared_norm, state.nonfinite)
+            report = Report(measured.squared_error, measured.squared_norm, nonfinite)
         self.reports[unit.name] = report
         self.committer.put(unit, report)
-        progress.unit(unit.name, unit.source.nbytes, time.monotonic() - state.started)
+        return True
+
+    def _check_finite(self, unit: Unit, start: int, x: Array) -> int:
+        """SourceError at a NaN or an infinity; where they are allowed, sets those of a weight to encode to zero and
+        returns how many they were. A copied tensor keeps them."""
+        from quantkit.kernels.floats import first_nonfinite, zero_nonfinite
+
+        dtype = unit.source.dtype
+        at = first_nonfinite(x, dtype)
+        if at < 0:
+            return 0
+        if not self.plan.recipe.allow_nonfinite:
+            index = ", ".join(map(str, np.unravel_index(start + at, unit.source.shape)))
+            raise SourceError(
+                f"tensor {unit.name!r} holds a NaN or an infinity at [{index}]",
+                where=f"{self.files.folder}/{unit.source.file}",
+                hint="fetch or train the model again; --allow-nonfinite makes such values zero and says so on the card",
+            )
+        return zero_nonfinite(x, dtype) if unit.weight is not None else 0
+
+    def _reap(self, in_flight: deque[tuple[_Open, Future[bool], Array]], progress: Progress) -> Array:
+        """Waits for the oldest slab, raises what went wrong anywhere, and returns the slab's buffer."""
+        state, future, buffer = in_flight.popleft()
+        finished = future.result()
+        self.committer.check()
+        source = state.unit.source
+        if finished:
+            progress.advance(source.nbytes)
+            progress.unit(source.name, source.nbytes)
+        return buffer
 
 
-def _first_nonfinite(x: Array, dtype: str) -> int:
-    from quantkit.kernels.floats import first_nonfinite
-
-    return first_nonfinite(x, dtype)
-
-
-def _nonfinite_error(unit: Unit, element: int) -> SourceError:
-    index = ", ".join(map(str, np.unravel_index(element, unit.source.shape)))
-    return SourceError(
-        f"tensor {unit.name!r} holds a NaN or an infinity at [{index}]",
-        where=unit.source.file,
-        hint="fetch or train the model again; --allow-nonfinite quantizes such values as zero and says so on the card",
-    )
-
-
-class _Background(threading.Thread):
-    """A thread whose failure is the run's failure: kept, and raised where the main thread looks."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name=name, daemon=True)
-        self.failure: BaseException | None = None
-
-    def work(self) -> None:
-        raise NotImplementedError
-
-    def run(self) -> None:
-        try:
-            self.work()
-        except BaseException as e:
-            self.failure = e
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-
-class _Committer(_Background):
-    """Makes finished units durable, in batches: data synced, then journalled, then hashed."""
+class _Committer(threading.Thread):
+    """Makes finished units durable, in batches: data synced, then journalled, then hashed. Its failure is the run's:
+    kept, and raised where the main thread looks."""
 
     def __init__(self, plan: Plan, writer: ShardWriter, journal: Journal, done: set[str]) -> None:
-        super().__init__("committer")
+        super().__init__(name="committer", daemon=True)
+        self.failure: BaseException | None = None
         self.writer, self.journal = writer, journal
         self.queue: queue.SimpleQueue[tuple[Unit, Report] | None] = queue.SimpleQueue()
         outputs = {t.name: u.name for u in plan.units for t in u.outputs}
@@ -263,7 +247,17 @@ class _Committer(_Background):
     def put(self, unit: Unit, report: Report) -> None:
         self.queue.put((unit, report))
 
-    def work(self) -> None:
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as e:
+            self.failure = e
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _work(self) -> None:
         self._hash()
         last = False
         while not last:
@@ -311,36 +305,33 @@ class _Frontier:
         self.hash.advance(self.waiting[0].offset if self.waiting else self.shard.nbytes)
 
 
-class _SourceHasher(_Background):
-    """SHA-256 of every source file, in one sequential pass. Files that an earlier run hashed are not read again."""
+class _SourceHashes:
+    """SHA-256 of every source file, fed with what the run reads; what it skips is read for the hash alone. Files that
+    an earlier run hashed are not hashed again."""
 
     def __init__(self, files: SourceFiles, journal: Journal, known: dict[str, str]) -> None:
-        super().__init__("hasher")
-        self.files, self.journal, self.digests = files, journal, dict(known)
-        self._halt = threading.Event()
-
-    def work(self) -> None:
+        self.journal, self.digests = journal, dict(known)
         buffer = memoryview(bytearray(HASH_BUFFER))
-        for file in self.files.files.values():
-            if file.name in self.digests:
-                continue
-            trailing = TrailingHash(partial(self.files.pread, file.name), file.nbytes, buffer)
-            while trailing.position < file.nbytes:
-                if self._halt.is_set():
-                    return
-                trailing.advance(min(trailing.position + HASH_BUFFER, file.nbytes))
-            self.digests[file.name] = trailing.hexdigest()
-            self.journal.append([{"source": file.name, "sha256": self.digests[file.name]}])
+        self.open = {
+            name: TrailingHash(partial(files.pread, name), file.nbytes, buffer)
+            for name, file in files.files.items()
+            if name not in known
+        }
+
+    def feed(self, file: str, offset: int, data: Array) -> None:
+        if file in self.open:
+            self.open[file].feed(offset, data.data)
+            if self.open[file].position == self.open[file].nbytes:
+                self._close(file)
+
+    def _close(self, file: str) -> None:
+        self.digests[file] = self.open.pop(file).hexdigest()
+        self.journal.append([{"source": file, "sha256": self.digests[file]}])
 
     def finish(self) -> dict[str, str]:
-        self.join()
-        self.check()
+        for file in list(self.open):
+            self._close(file)
         return self.digests
-
-    def stop(self) -> None:
-        self._halt.set()
-        if self.is_alive():
-            self.join()
 
 
 def _publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) -> None:

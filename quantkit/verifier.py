@@ -95,7 +95,7 @@ class _Check:
                     for row in sound:
                         self._compare(checkpoint, files, parent, parent_files, row, quantize)
                         progress.advance(sum(checkpoint.tensors[t.name].nbytes for t in row.outputs(quantize)))
-                        progress.unit(row.name, row.spec.nbytes, 0)
+                        progress.unit(row.name, row.spec.nbytes)
 
     def _progress(self, checkpoint: Checkpoint) -> Progress:
         return self.console.progress(sum(t.nbytes for t in checkpoint.tensors.values()))
@@ -157,7 +157,7 @@ class _Check:
                 except (ValueError, KeyError, TypeError) as e:
                     self.problems.append(f"tensor {row.name!r} does not decode: {e}")
             progress.advance(sum(t.nbytes for t in row.outputs(quantize)))
-            progress.unit(row.name, row.spec.nbytes, 0)
+            progress.unit(row.name, row.spec.nbytes)
 
     def _decoded(
         self, checkpoint: Checkpoint, files: SourceFiles, row: _Row, quantize: Quantize

@@ -146,6 +146,10 @@ class SourceFiles:
             os.close(fd)
         self._fds.clear()
 
+    def will_read(self, file: str, offset: int, nbytes: int) -> None:
+        """Tells the kernel what comes next, so that the disk works while we do."""
+        os.posix_fadvise(self._fds[file], offset, nbytes, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, buffer: npt.NDArray[np.uint8], file: str, offset: int) -> None:
         """Fills `buffer` (uint8) with the bytes at `offset`; RunError if the file has become shorter."""
         view = buffer.data

@@ -132,6 +132,13 @@ class TrailingHash:
             self._hash.update(part[:n])
             self.position += n
 
+    def feed(self, offset: int, data: memoryview) -> None:
+        """Hashes what lies before `offset`, then `data`, which the caller has read from there."""
+        self.advance(offset)
+        data = data[max(0, self.position - offset) :]
+        self._hash.update(data)
+        self.position += len(data)
+
     def hexdigest(self) -> str:
         self.advance(self.nbytes)
         return self._hash.hexdigest()
