@@ -65,5 +65,5 @@ class VerifyError(QuantkitError):
     exit_code = 3
 
 
-class Interrupted(QuantkitError):
+class Interrupted(QuantkitError):  # noqa: N818  (it is no error)
     exit_code = 130

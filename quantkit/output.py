@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from quantkit.checkpoint.journal import FOLDER, Journal
@@ -92,10 +93,8 @@ def _clear(out: Path, plan: Plan) -> None:
     """What --force replaces: the files that this plan writes, and those that an earlier quantkit run lists as its own.
     Weights of anybody else are never deleted."""
     ours = {f.name for f in plan.files}
-    try:
+    with suppress(SourceError, KeyError, TypeError):
         ours |= {str(row["name"]) for row in read_json(out / "quantkit.json")["files"]}
-    except (SourceError, KeyError, TypeError):
-        pass
     ours |= {name + PARTIAL for name in ours}
     partial_shards = {n for n in _names(out) if n.startswith("model") and n.endswith(".safetensors" + PARTIAL)}
     foreign = [n for n in _names(out) if n.endswith(WEIGHT_SUFFIXES) and n not in ours]

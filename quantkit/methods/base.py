@@ -50,8 +50,8 @@ class Report:
 
 
 class Encoder(Protocol):
-    """One tensor being encoded, slab by slab. Slabs begin at multiples of the method's granule, in elements of the row-major weight;
-    disjoint slabs may be encoded in any order and by several threads at once."""
+    """One tensor being encoded, slab by slab. Slabs begin at multiples of the method's granule, in elements of the
+    row-major weight; disjoint slabs may be encoded in any order and by several threads at once."""
 
     def encode(self, x: Array, start: int) -> Array:
         """x: bit patterns of the elements from `start` on. Returns that run of the main tensor, ready to write."""
