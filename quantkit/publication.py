@@ -149,7 +149,8 @@ def _error_row(kind: str, names: list[str], shapes: Mapping[str, list[int]], mea
 def _tensor_row(unit: Unit) -> dict[str, Any]:
     """A source tensor as the manifest lists it: a weight [out, in] if it was quantized, else as it is stored."""
     shape = [unit.weight.rows, unit.weight.columns] if unit.weight else list(unit.source.shape)
-    return {"name": unit.name, "dtype": unit.source.dtype, "shape": shape, "quantized": unit.weight is not None}
+    row = {"name": unit.name, "dtype": unit.source.dtype, "shape": shape, "quantized": unit.weight is not None}
+    return {**row, "transposed": True} if unit.linear is not None and unit.linear.transposed else row
 
 
 def _short(x: float) -> float:

@@ -203,9 +203,8 @@ class _Check:
             return
         from quantkit.kernels.floats import BITS_DTYPE, to_float32
 
-        transposed = list(source.shape) != list(row.spec.shape)
         whole = None
-        if transposed:
+        if row.transposed:
             bits = run_of(source, parent_files, 0, source.numel, BITS_DTYPE[source.dtype])
             whole = np.ascontiguousarray(bits.reshape(source.shape).T).reshape(-1)
         error = norm = 0.0
@@ -237,6 +236,7 @@ class _Row:
 
     spec: TensorSpec
     quantized: bool
+    transposed: bool
     error: float
 
     @classmethod
@@ -244,7 +244,7 @@ class _Row:
         if row["dtype"] not in DTYPE_BITS:
             raise ValueError(f"unknown dtype {row['dtype']!r}")
         spec = TensorSpec(str(row["name"]), str(row["dtype"]), tuple(int(n) for n in row["shape"]))
-        return cls(spec, bool(row["quantized"]), float(row.get("error", 0.0)))
+        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), float(row.get("error", 0.0)))
 
     @property
     def name(self) -> str:
