@@ -1,0 +1,33 @@
+# Two commands do all the set-up: `make demo` runs the main job on a real model, `make test` passes the tests.
+# Needed: Python 3.11 or newer with venv and pip, make, about 3 GB of disk. Nothing is installed outside .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check benchmark clean
+
+demo: .venv/ready
+	$(BIN)/python scripts/demo.py
+
+test: .venv/ready
+	scripts/check
+	$(BIN)/python -m pytest
+
+# Minutes and gigabytes: the real 135M model against its peers, large files, many kills.
+test-slow: .venv/ready
+	$(BIN)/python scripts/demo.py --model-only
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/ready
+	scripts/check
+
+benchmark: .venv/ready
+	$(BIN)/python benchmarks/bnb_7b.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .demo

@@ -1,0 +1,99 @@
+"""NF4 with double quantization of a 7B-shaped checkpoint: quantkit beside transformers + bitsandbytes, same machine,
+same run. `bnb_7b.py [--data DIR] [--runs N] [--layers N]` prints the table that README.md keeps.
+
+Every run starts with the source out of the page cache and ends with its output on disk (fsync). The third row is the
+floor: `dd` reading the source, then `dd` writing as many bytes as quantkit writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+PEER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                            bnb_4bit_compute_dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, device_map="cpu",
+                                             quantization_config=config)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def evict(folder: Path) -> None:
+    """Takes the folder's files out of the page cache."""
+    for path in folder.iterdir():
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def measure(command: list[str], source: Path, out: Path) -> tuple[float, float]:
+    """(seconds until the output is on disk, peak RSS in GB)."""
+    shutil.rmtree(out, ignore_errors=True)
+    evict(source)
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"failed: {command}")
+    os.sync()
+    return time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9
+
+
+def floor(source: Path, out: Path, nbytes: int) -> float:
+    out.mkdir(exist_ok=True)
+    evict(source)
+    started = time.monotonic()
+    for path in sorted(source.glob("*.safetensors")):
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=16M"], check=True, stderr=subprocess.DEVNULL)
+    write = ["dd", "if=/dev/zero", f"of={out}/zeros", "bs=16M", f"count={nbytes >> 24}", "conv=fdatasync"]
+    subprocess.run(write, check=True, stderr=subprocess.DEVNULL)
+    return time.monotonic() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=HERE.parent / ".demo" / "bench", help="where the files go")
+    parser.add_argument("--runs", type=int, default=3, help="runs of quantkit and of dd; the median counts")
+    parser.add_argument("--layers", type=int, default=32)
+    arguments = parser.parse_args()
+    source, ours, theirs = (arguments.data / n for n in (f"7b-{arguments.layers}", "ours", "theirs"))
+    if not source.exists():
+        print("making the checkpoint", file=sys.stderr)
+        partial = source.with_suffix(".partial")
+        command = [sys.executable, str(HERE / "make_7b.py"), str(partial), str(arguments.layers)]
+        subprocess.run(command, check=True)
+        partial.rename(source)
+    run = [sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(ours), "--quiet"]
+    measure(run, source, ours)  # compiles the kernels, once for this machine
+    results = [measure(run, source, ours) for _ in range(arguments.runs)]
+    nbytes = sum(p.stat().st_size for p in ours.iterdir())
+    floors = [floor(source, arguments.data / "dd", nbytes) for _ in range(arguments.runs)]
+    shutil.rmtree(arguments.data / "dd")
+    peer_seconds, peer_rss = measure([sys.executable, "-c", PEER, str(source), str(theirs)], source, theirs)
+    shutil.rmtree(theirs)
+    seconds, rss = (statistics.median(x) for x in zip(*results, strict=True))
+    bottom = statistics.median(floors)
+    print("| | seconds | peak RSS | ratio |")
+    print("|---|--:|--:|--:|")
+    print(f"| transformers + bitsandbytes | {peer_seconds:.1f} | {peer_rss:.2f} GB | {peer_seconds / seconds:.1f} |")
+    spread = f"{min(s for s, _ in results):.1f}–{max(s for s, _ in results):.1f}"
+    print(f"| **quantkit** (median of {arguments.runs}, {spread}) | {seconds:.1f} | {rss:.2f} GB | 1 |")
+    print(f"| dd: read the source, write the output | {bottom:.1f} | | {bottom / seconds:.2f} |")
+    print(f"\n{os.cpu_count()} cores, parent peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
+
+
+if __name__ == "__main__":
+    main()
