@@ -1,0 +1,71 @@
+"""What a card says, as data: filled from the manifest by `publication`, rendered by `card`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from quantkit.parent_card import ParentCard
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """Relative Frobenius error, |restored - original| / |original|, over the tensors of one kind of module."""
+
+    kind: str
+    tensors: int
+    weights: int
+    mean: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """A written file; `sha256` is 64 hexadecimal digits, any digits while the card is only being planned."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a card says. `errors`, `nonfinite` and the sums in `files` are measured; the rest the plan knows.
+
+    For the planned size to hold, `errors`, `nonfinite` and `files` must have the same rows before and after a run:
+    give every kind of module its row, with zeros before.
+    """
+
+    name: str
+    base_model: str | None  # Hub id of the direct parent, if there is one
+    source_name: str  # Hub id or folder name
+    revision: str | None
+    license: str | None  # named by the recipe; see `front_matter.licence_of`
+    quantized_by: str | None
+    parent: ParentCard
+    method_title: str
+    bits: int
+    tags: tuple[str, ...]
+    settings: tuple[tuple[str, str], ...]
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float  # of the quantized layers
+    model_bits_per_weight: float
+    parameters: int
+    architecture: str
+    kept: tuple[tuple[str, int], ...]  # kind of module left unquantized, bytes
+    errors: tuple[ErrorRow, ...]
+    error_note: str
+    nonfinite: tuple[tuple[str, int], ...]  # kind of module, weights that are NaN or infinite in the source
+    files: tuple[FileRow, ...]
+    loader: Literal["transformers", "quantkit"]
+    chat: bool
+    warnings: tuple[str, ...]
+    config: Mapping[str, Any]
+    stripped: tuple[str, ...]
+    command: str
+    recipe_yaml: str
+    versions: tuple[tuple[str, str], ...]
+    plan_hash: str
+    evaluation: None = None
