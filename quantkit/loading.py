@@ -14,30 +14,20 @@ from its source. The repacking fails on some shapes; those layers are kept out o
 from __future__ import annotations
 
 import functools
-import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint.header import FLOATS, TensorInfo
-from quantkit.checkpoint.reader import read_json, read_weight_files
+from quantkit.bnb_folder import COMPANION, Parts, bad_folder, quantized_linears, read_headers, refuse
+from quantkit.checkpoint.header import TensorInfo
 from quantkit.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_COMPANION = re.compile(
-    r"(?P<linear>.+)\.(?P<part>SCB|weight_format"
-    r"|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4)))"
-)
-
-Parts = dict[str, TensorInfo]  # of one quantized linear: "weight", "weight.absmax", "SCB", ... → where it lies
 
 
 def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -58,11 +48,11 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | 
     if not isinstance(wanted, torch.dtype) and dtype is not None:
         raise UsageError(f"dtype {dtype!r} is not a torch dtype", hint="`bfloat16`, `float16` or `float32`")
     path = Path(folder)
-    tensors = _read_headers(path)
-    quantized = _quantized_linears(path, tensors)
+    tensors = read_headers(path)
+    quantized = quantized_linears(path, tensors)
     model, quantizer = _empty_model(path, wanted)
     if quantized and quantizer is None:
-        raise _bad(path / "config.json", f"no quantization_config, though {next(iter(quantized))!r} is quantized")
+        raise bad_folder(path / "config.json", f"no quantization_config, though {next(iter(quantized))!r} is quantized")
     names = _Names(model)
     if {names.linear(name) for name in quantized} != _converted_by_transformers(model, quantizer):
         _fill(model, path, tensors, quantized, names, quantizer, device)
@@ -77,96 +67,11 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | 
             ignore_mismatched_sizes=True,  # reported below, in our words
             output_loading_info=True,
         )
-        _refuse(path, report["missing_keys"], "not in the folder")
-        _refuse(path, report["unexpected_keys"], "not in the model")
-        _refuse(path, [key for key, *_ in report["mismatched_keys"]], "of another shape than in the model")
+        refuse(path, report["missing_keys"], "not in the folder")
+        refuse(path, report["unexpected_keys"], "not in the model")
+        refuse(path, [key for key, *_ in report["mismatched_keys"]], "of another shape than in the model")
     _avoid_repacking(model)
     return model.eval()
-
-
-def _bad(where: Path, what: str) -> SourceError:
-    hint = "the folder is incomplete or was changed: quantize or fetch it again, then run `quantkit verify`"
-    return SourceError(what, where=str(where), hint=hint)
-
-
-def _refuse(folder: Path, tensors: Iterable[str], fault: str) -> None:
-    if ordered := sorted(tensors):
-        more = f" (and {len(ordered) - 1} more)" if ordered[1:] else ""
-        raise _bad(folder, f"tensor {ordered[0]!r}{more} is {fault}")
-
-
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the folder by its name on disk. A single file goes before an index, as in transformers."""
-    read_json(folder / "config.json")
-    if (folder / SINGLE).is_file():
-        return {info.name: info for info in read_weight_files(folder, [SINGLE])[0]}
-    index = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(str(shard).endswith(".safetensors") for shard in index.values()):
-        raise _bad(folder / INDEX, "weight_map does not lead from tensors to safetensors files")
-    # transformers would follow `../`; read_weight_files takes plain file names only.
-    shards = sorted({str(shard) for shard in index.values()})
-    tensors = {info.name: info for info in read_weight_files(folder, shards)[0]}
-    _refuse(folder, index.keys() - tensors.keys(), "in the index and in no shard")
-    return tensors
-
-
-def _quantized_linears(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, Parts]:
-    """The quantized linears by name on disk, each proved complete and of sizes that fit together."""
-    linears: dict[str, Parts] = {}
-    for name, info in tensors.items():
-        if match := _COMPANION.fullmatch(name):
-            linears.setdefault(match["linear"], {})[match["part"]] = info
-    for name, parts in linears.items():
-        if weight := tensors.get(f"{name}.weight"):
-            parts["weight"] = weight
-        if fault := _fault_8bit(folder, parts) if {"SCB", "weight_format"} & set(parts) else _fault_4bit(folder, parts):
-            raise _bad(folder, f"quantized linear {name!r}: {fault}")
-    loose = {n for n, info in tensors.items() if n.endswith(".weight") and info.dtype not in FLOATS}
-    _refuse(folder, loose - {f"{name}.weight" for name in linears}, "quantized, but its companions are missing")
-    return linears
-
-
-def _bytes_of(folder: Path, info: TensorInfo) -> bytes:
-    with (folder / info.file).open("rb") as f:
-        f.seek(info.offset)
-        return f.read(info.nbytes)
-
-
-def _fault_4bit(folder: Path, parts: Parts) -> str:
-    """What is wrong with a 4-bit linear, or "". A wrong block size would load without a word and give wrong numbers."""
-    states = [part for part in parts if ".quant_state." in part] or ["weight.quant_state.bitsandbytes__nf4"]
-    needed = {"weight", "weight.absmax", "weight.quant_map", states[0]}
-    try:
-        state = json.loads(_bytes_of(folder, parts[states[0]])) if states[0] in parts else {}
-        fields = {"quant_type", "blocksize", "dtype", "shape"}
-        if nested := "nested_offset" in state:
-            needed |= {"weight.nested_absmax", "weight.nested_quant_map"}
-            fields |= {"nested_blocksize", "nested_dtype", "nested_offset"}
-        if wrong := set(parts) ^ needed:
-            return f"companions missing or too many: {sorted(wrong)}"
-        dtypes = {state["dtype"], state.get("nested_dtype", "float32")}
-        if set(state) != fields or not dtypes <= {"float32", "float16", "bfloat16"}:
-            return "its quant_state has fields or dtypes that bitsandbytes does not know"
-        rows, columns = state["shape"]
-        blocks = math.ceil(rows * columns / state["blocksize"])
-        wanted = {"weight": math.ceil(rows * columns / 2), "weight.absmax": blocks if nested else blocks * 4}
-        if nested:
-            wanted["weight.nested_absmax"] = math.ceil(blocks / state["nested_blocksize"]) * 4
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as e:
-        return f"its quant_state is not readable ({type(e).__name__})"
-    wrong = {part for part, nbytes in wanted.items() if parts[part].nbytes != nbytes}
-    return f"not of the size that its quant_state says: {sorted(wrong)}" if wrong else ""
-
-
-def _fault_8bit(folder: Path, parts: Parts) -> str:
-    """What is wrong with an LLM.int8() linear, or ""."""
-    if wrong := (set(parts) | {"weight_format"}) ^ {"weight", "SCB", "weight_format"}:
-        return f"companions missing or too many: {sorted(wrong)}"
-    weight, scale = parts["weight"], parts["SCB"]
-    if weight.dtype != "I8" or len(weight.shape) != 2 or (scale.dtype, scale.shape) != ("F32", weight.shape[:1]):
-        return f"weight {weight.dtype} {weight.shape} and SCB {scale.dtype} {scale.shape} do not fit together"
-    other_layout = "weight_format" in parts and any(_bytes_of(folder, parts["weight_format"]))
-    return "its weight_format is not 0, the row layout" if other_layout else ""
 
 
 def _empty_model(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
@@ -318,12 +223,12 @@ def _fill(
 
     # What transformers leaves unread too: buffers that old checkpoints carry, layers that no model has.
     ignored = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
-    on_disk = [n for n in tensors if not _COMPANION.fullmatch(n) and not ignored.search(n)]
+    on_disk = [n for n in tensors if not COMPANION.fullmatch(n) and not ignored.search(n)]
     _split_experts(model, folder, names, on_disk)
     targets = {name: names.tensor(name) for name in on_disk}
-    _refuse(folder, [name for name, target in targets.items() if target not in names.known], "not in the model")
+    refuse(folder, [name for name, target in targets.items() if target not in names.known], "not in the model")
     sources = {target: name for name, target in targets.items()}
-    _refuse(folder, targets.keys() - set(sources.values()), "there under two names, with and without a prefix")
+    refuse(folder, targets.keys() - set(sources.values()), "there under two names, with and without a prefix")
     with ExitStack() as stack:
         files = {info.file for info in tensors.values()}
         shards = {file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in files}
@@ -347,7 +252,7 @@ def _fill(
             setattr(module, leaf, value)
     missing = names.known - sources.keys()
     model.tie_weights(missing_keys=missing, recompute_mapping=False)  # takes away from `missing` what it ties
-    _refuse(folder, missing, "not in the folder")
+    refuse(folder, missing, "not in the folder")
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             module._buffers[leaf] = None if buffer is None else buffer.to(device)
@@ -361,7 +266,7 @@ def _fill(
 
 def _check_shape(folder: Path, info: TensorInfo, found: Iterable[int], wanted: Iterable[int]) -> None:
     if tuple(found) != tuple(wanted):
-        _refuse(folder, [info.name], f"of shape {[*found]}; the model wants {[*wanted]}")
+        refuse(folder, [info.name], f"of shape {[*found]}; the model wants {[*wanted]}")
 
 
 def _replace(
@@ -379,7 +284,7 @@ def _replace(
 
     old: Any = model.get_submodule(path)
     if not isinstance(old, nn.Linear | Conv1D):
-        _refuse(folder, [parts["weight"].name], f"quantized, but its module is a {type(old).__name__}")
+        refuse(folder, [parts["weight"].name], f"quantized, but its module is a {type(old).__name__}")
     # Conv1D holds [in, out]; on disk its quantized weight is [out, in] like any other.
     rows, columns = reversed(old.weight.shape) if isinstance(old, Conv1D) else old.weight.shape
     common = {"bias": False, "device": "meta"}

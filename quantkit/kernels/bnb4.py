@@ -23,6 +23,7 @@ from quantkit.kernels.bnb4_tables import (
 from quantkit.kernels.floats import KIND, Bits, widen
 
 F32Array = npt.NDArray[np.float32]
+F64Array = npt.NDArray[np.float64]
 U8Array = npt.NDArray[np.uint8]
 
 
@@ -59,29 +60,30 @@ def _encode_blocks(x, kind, bounds, order, table, packed, absmax, sums):  # type
         for i in range(32):
             out[i] = np.uint8((codes[2 * i] << 4) | codes[2 * i + 1])
         if b % 16 == 0:
-            ww, wt, tt = np.float32(0), np.float32(0), np.float32(0)
+            # fp64: the square of a float32 above 1.8e19 is no float32, nor is that of one below 1e-19.
+            ww, wt, tt = 0.0, 0.0, 0.0
             for i in range(64):
-                t = table[codes[i]]
-                ww += values[i] * values[i]
-                wt += values[i] * t
+                w, t = np.float64(values[i]), np.float64(table[codes[i]])
+                ww += w * w
+                wt += w * t
                 tt += t * t
             sums[b // 16, 0] = ww
             sums[b // 16, 1] = wt
             sums[b // 16, 2] = tt
 
 
-def encode_blocks(x: Bits, dtype: str, quant_type: str, packed: U8Array, absmax: F32Array, sums: F32Array) -> None:
+def encode_blocks(x: Bits, dtype: str, quant_type: str, packed: U8Array, absmax: F32Array, sums: F64Array) -> None:
     """Encodes whole blocks.
 
     x: bit patterns of `dtype`, [64·B]. Written: `packed` uint8 [32·B], the first weight of a pair in the high nibble;
-    `absmax` fp32 [B]; `sums` fp32 [ceil(B/16), 3]: Σw², Σw·t, Σt² of every 16th block, t the table values chosen, from
+    `absmax` fp32 [B]; `sums` fp64 [ceil(B/16), 3]: Σw², Σw·t, Σt² of every 16th block, t the table values chosen, from
     which `squared_errors` computes the error for any reconstructed absmax.
     """
     tables = thresholds(quant_type), ORDERS[quant_type], TABLES[quant_type]
     _encode_blocks(x, KIND[dtype], *tables, packed, absmax, sums)
 
 
-def encode_tail(values: F32Array, quant_type: str) -> tuple[U8Array, np.float32, F32Array]:
+def encode_tail(values: F32Array, quant_type: str) -> tuple[U8Array, np.float32, F64Array]:
     """The last, partial block: `values` fp32 [1..63]. Returns packed bytes, absmax, and its three sums [1, 3].
 
     bitsandbytes divides here instead of multiplying with a reciprocal, and clamps the absmax that it stores.
@@ -89,18 +91,18 @@ def encode_tail(values: F32Array, quant_type: str) -> tuple[U8Array, np.float32,
     absmax = max(np.abs(values).max(), np.float32(1e-38))
     scaled = np.clip(values / absmax, -1, 1)
     codes = ORDERS[quant_type][np.searchsorted(thresholds(quant_type), scaled)]
-    chosen = TABLES[quant_type][codes]
-    sums = np.array([[(values * values).sum(), (values * chosen).sum(), (chosen * chosen).sum()]], np.float32)
+    w, t = values.astype(np.float64), TABLES[quant_type][codes].astype(np.float64)
+    sums = np.array([[(w * w).sum(), (w * t).sum(), (t * t).sum()]])
     if codes.size % 2:
         codes = np.append(codes, np.uint8(ZERO_CODE[quant_type]))
     return (codes[::2] << 4 | codes[1::2]).astype(np.uint8), np.float32(absmax), sums
 
 
-def squared_errors(sums: F32Array, absmax: F32Array) -> tuple[float, float]:
+def squared_errors(sums: F64Array, absmax: F32Array) -> tuple[float, float]:
     """(Σ(w − absmax·t)², Σw²) over the blocks that `sums` [n, 3] describes, with their reconstructed absmax [n]."""
-    s, a = sums.astype(np.float64), absmax.astype(np.float64)
-    error = s[:, 0] - 2 * a * s[:, 1] + a * a * s[:, 2]
-    return float(np.maximum(error, 0).sum()), float(s[:, 0].sum())
+    a = absmax.astype(np.float64)
+    error = sums[:, 0] - 2 * a * sums[:, 1] + a * a * sums[:, 2]
+    return float(np.maximum(error, 0).sum()), float(sums[:, 0].sum())
 
 
 @njit(nogil=True, cache=True)
@@ -182,7 +184,10 @@ def mean(x: F32Array) -> np.float32:
 
 
 def encode_absmax(absmax: F32Array) -> tuple[U8Array, F32Array, np.float32]:
-    """Double quantization: codes uint8 [B], nested_absmax fp32 [ceil(B/256)], offset (the mean)."""
+    """Double quantization: codes uint8 [B], nested_absmax fp32 [ceil(B/256)], offset (the mean).
+
+    Where the maxima add up to more than a float32, the offset is infinite: refuse it.
+    """
     offset = mean(absmax)
     residual = absmax - offset
     blocks = -(-residual.size // NESTED_BLOCK)
@@ -190,8 +195,9 @@ def encode_absmax(absmax: F32Array) -> tuple[U8Array, F32Array, np.float32]:
     padded[: residual.size] = residual
     grid = padded.reshape(blocks, NESTED_BLOCK)
     nested = np.abs(grid).max(axis=1)
-    inverse = np.divide(np.float32(1), nested, out=np.zeros_like(nested), where=nested > 0)
-    scaled = np.clip(grid * inverse[:, None], -1, 1)
+    with np.errstate(over="ignore", invalid="ignore"):  # a subnormal maximum has no reciprocal: bitsandbytes, too
+        inverse = np.divide(np.float32(1), nested, out=np.zeros_like(nested), where=nested > 0)
+        scaled = np.clip(np.nan_to_num(grid * inverse[:, None], nan=-1), -1, 1)
     bins = ((scaled + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)).astype(np.int32)
     codes = _dynamic_lut()[np.clip(bins, 0, 65535)]
     codes[nested == 0] = 0

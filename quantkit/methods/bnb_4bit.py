@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from quantkit.checkpoint.header import TensorSpec
+from quantkit.errors import SourceError
 from quantkit.kernels.bnb4_tables import BLOCK, ERROR_STRIDE, NESTED_BLOCK, TABLES, dynamic_map
 from quantkit.methods.base import Array, Description, Method, Parameters, Report, WeightSpec
 
@@ -69,12 +70,12 @@ def outputs(spec: WeightSpec, params: Bnb4bit) -> tuple[TensorSpec, ...]:
 
 
 class Bnb4bitEncoder:
-    """Holds the block maxima (4 bytes per 64 weights) and the error sums (12 bytes per 1,024) of one tensor."""
+    """Holds the block maxima (4 bytes per 64 weights) and the error sums (24 bytes per 1,024) of one tensor."""
 
     def __init__(self, spec: WeightSpec, params: Bnb4bit, device: str = "cpu") -> None:
         self.spec, self.params = spec, params
         self.absmax = np.empty(_blocks(spec), np.float32)
-        self.sums = np.empty((-(-self.absmax.size // ERROR_STRIDE), 3), np.float32)
+        self.sums = np.empty((-(-self.absmax.size // ERROR_STRIDE), 3))
         from quantkit.kernels import bnb4  # Numba takes half a second to import: not before it is needed
 
         self._encode = bnb4.encode_blocks
@@ -111,6 +112,11 @@ class Bnb4bitEncoder:
         seen, offset = self.absmax, None
         if self.params.double_quant:
             codes, nested, offset = bnb4.encode_absmax(self.absmax)
+            if not np.isfinite(offset):
+                raise SourceError(
+                    f"{name} holds {self.absmax.max():g}: its block maxima have no mean that a 32-bit float can hold",
+                    hint=f"leave it as it is with --skip {self.spec.module}, or add --no-double-quant",
+                )
             companions[f"{name}.absmax"] = codes
             companions[f"{name}.nested_absmax"] = nested
             companions[f"{name}.nested_quant_map"] = dynamic_map()
