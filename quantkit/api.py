@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console
 from quantkit.errors import SourceError, UsageError, VerifyError
-from quantkit.hub import resolve
+from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.plan import Plan
@@ -25,7 +26,7 @@ _QUIET = Console(quiet=True)
 
 def inspect(source: str, *, revision: str | None = None) -> Inspection:
     """What the checkpoint at a path or Hub id is. Raises SourceError."""
-    folder, _ = resolve(source, revision)
+    folder, _ = resolve(source, revision, weights=False)
     return inspect_checkpoint(open_checkpoint(folder, data_present=False))
 
 
@@ -34,8 +35,9 @@ def plan(source: str, recipe: Mapping[str, Any] | None = None) -> Plan:
     return plan_recipe(build_recipe({**(recipe or {}), "source": source}))[0]
 
 
-def plan_recipe(recipe: Recipe, *, data_present: bool = False) -> tuple[Plan, Checkpoint]:
-    folder, origin = resolve(recipe.source, recipe.revision)
+def plan_recipe(recipe: Recipe, *, data_present: bool = False, console: Console = _QUIET) -> tuple[Plan, Checkpoint]:
+    """The plan and what it reads. With data_present=False a Hub model's weights are not fetched, only their headers."""
+    folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet)
     checkpoint = open_checkpoint(folder, data_present=data_present)
     return make_plan(recipe, checkpoint, origin), checkpoint
 
@@ -58,10 +60,10 @@ def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET
     if recipe.output is None:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
     _check_device(recipe.resources.device)
-    job, checkpoint = plan_recipe(recipe, data_present=True)
+    job, checkpoint = plan_recipe(recipe, data_present=True, console=console)
     for warning in job.warnings:
         console.warn(warning)
-    return execute(job, checkpoint, Path(recipe.output).expanduser(), console, force=force)
+    return execute(job, checkpoint, expand(recipe.output), console, force=force)
 
 
 def _check_device(device: str) -> None:
@@ -83,8 +85,24 @@ def verify(
     folder: str | Path, *, source: str | None = None, quick: bool = False, console: Console = _QUIET
 ) -> Verification:
     """Checks a written folder. Returns what was found wrong; raises UsageError if it is not ours to check."""
-    parent = resolve(source)[0] if source is not None else None
-    return verify_folder(Path(folder), parent, quick=quick, console=console)
+    folder = Path(folder)
+    parent = Path(source) if source is not None else None
+    # What verify_folder will refuse is not fetched first.
+    if source is not None and not quick and (folder / "quantkit.json").is_file():
+        parent, _ = resolve(source, _recorded_commit(folder, source), quiet=console.quiet)
+    return verify_folder(folder, parent, quick=quick, console=console)
+
+
+def _recorded_commit(folder: Path, source: str) -> str | None:
+    """The commit of the Hub model `source` that the folder was made from: its branch may have moved on since."""
+    try:
+        made_from = read_json(folder / "quantkit.json").get("source")
+    except SourceError:
+        return None
+    if is_local(source) or not isinstance(made_from, dict) or made_from.get("name") != source:
+        return None
+    commit = made_from.get("revision")
+    return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
 def rewrite_card(folder: str | Path) -> Path:

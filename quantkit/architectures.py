@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from quantkit.checkpoint.header import quote
 from quantkit.errors import SourceError
 
 Shape = tuple[str, ...]
@@ -347,8 +348,8 @@ def _symbol(architecture: Architecture, config: Mapping[str, Any], symbol: str) 
                 return _symbol(architecture, config, "H")
             case "F" if architecture.wide:
                 return 4 * _symbol(architecture, config, "H")
-    if type(value) is not int or value <= 0:
-        state = "is missing" if value is None else f"is {value!r}, which is no size"
+    if type(value) is not int or not 0 < value < 2**31:
+        state = "is missing" if value is None else f"is {quote(value)}, which is no size"
         raise SourceError(
             f"{' or '.join(keys)} {state}",
             where=f"config.json (model_type {config.get('model_type')!r})",

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -78,7 +79,7 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     return load_recipe(options.get("recipe"), options.get("assignments", ()), given)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="quantkit")
 def cli() -> None:
     """Quantize language models into folders fit to publish.
@@ -162,7 +163,9 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     rows.append(("result", f"{len(found.problems)} problems" if found.problems else "sound"))
     console.result({"sound": not found.problems, **asdict(found)}, table(rows))
     if found.problems:
-        raise VerifyError(f"{len(found.problems)} problems found", where=str(folder), hint="write the folder again")
+        error = VerifyError(f"{len(found.problems)} problems found", where=str(folder), hint="write the folder again")
+        Console(quiet=quiet).error(error)  # on stderr alone: stdout has its one result, and the problems in it
+        sys.exit(error.exit_code)
 
 
 @cli.command()
@@ -248,6 +251,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage or input, 3 verify failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(json="--json" in arguments, quiet="--quiet" in arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: no terminal's alphabet stops a result
     # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -20,9 +20,14 @@ def human_bytes(n: float) -> str:
     raise AssertionError
 
 
+def printable(text: str) -> str:
+    """Text as one line that only prints: what a stranger's names hold besides is spelled out (`\\n`, `\\x1b`)."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def table(rows: Sequence[Sequence[object]], *, header: Sequence[str] = (), right: Sequence[int] = ()) -> str:
     """Columns aligned with spaces; those in `right` flush right."""
-    cells = [[str(c) for c in row] for row in ([header, *rows] if header else rows)]
+    cells = [[printable(str(c)) for c in row] for row in ([header, *rows] if header else rows)]
     if not cells:
         return ""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
@@ -61,10 +66,10 @@ class Progress:
 
     def unit(self, name: str, nbytes: int) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(name[-40:], refresh=False)
+            self._bar.set_postfix_str(printable(name)[-40:], refresh=False)
         elif self._lines:
             percent = 100 * self._done / self._total if self._total else 100
-            print(f"{percent:5.1f} %  {name}  {human_bytes(nbytes)}", file=sys.stderr)
+            print(f"{percent:5.1f} %  {printable(name)}  {human_bytes(nbytes)}", file=sys.stderr)
 
 
 class Console:
@@ -75,21 +80,24 @@ class Console:
 
     def result(self, data: Mapping[str, Any], text: str) -> None:
         """The command's result: `text` for people, `data` with --json."""
-        print(json.dumps(data, ensure_ascii=False) if self.json else text, flush=True)
+        print(json.dumps(data) if self.json else "\n".join(map(printable, text.split("\n"))), flush=True)
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def error(self, error: QuantkitError) -> None:
         """Three lines on stderr; with --json also an object on stdout, so that a script reads one place."""
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        lines = [("error: ", error.what), ("  in: ", error.where), ("  hint: ", error.hint)]
+        for label, text in lines:
+            if text:
+                print(label + printable(text), file=sys.stderr, flush=True)
         if self.json:
             block = {"what": error.what, "in": error.where, "hint": error.hint, "exit_code": error.exit_code}
-            print(json.dumps({"error": block}, ensure_ascii=False), flush=True)
+            print(json.dumps({"error": block}), flush=True)
 
     def progress(self, total: int) -> Progress:
         return Progress(total, quiet=self.quiet)

@@ -22,6 +22,9 @@ _NOT_OURS = (
 )  # fmt: skip
 
 
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+
+
 def derive(config: Mapping[str, Any], names: Iterable[str]) -> tuple[list[Linear], tuple[str, ...]]:
     """Linears among the tensor `names`, in the order of the model's modules, and `llm_int8_skip_modules` spelled out:
     what transformers with bitsandbytes would convert by default, and what not.
@@ -32,6 +35,14 @@ def derive(config: Mapping[str, Any], names: Iterable[str]) -> tuple[list[Linear
     """
     model_type = config.get("model_type")
     where = f"config.json (model_type {model_type!r})"
+    names = list(names)
+    layers = max((v for k in LAYERS if type(v := config.get(k)) is int), default=0)
+    if layers > len(names):  # before a model of that depth is built: it may take minutes, or all memory
+        raise SourceError(
+            f"config.json speaks of {layers:,} layers, the checkpoint has {len(names):,} tensors",
+            where=where,
+            hint="config and weights are of different models",
+        )
     model = _build(config, where)
     modules, skipped = _converted(model)
     if not modules:

@@ -71,6 +71,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     config = checkpoint.config
     row = architectures.find(config)
     quantized = quantized_already(checkpoint)
+    tied = config.get("tie_word_embeddings")
     tensors = list(checkpoint.tensors.values()) if quantized else source_tensors(checkpoint)
     names = [t.name for t in tensors]
     problems = _problems(checkpoint, row, tensors, quantized is not None)
@@ -84,7 +85,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         sum(dtypes.values()),
         sum(t.nbytes for t in tensors),
         dict(dtypes.most_common()),
-        architectures.is_tied(row, config) if row else config.get("tie_word_embeddings"),
+        architectures.is_tied(row, config) if row else tied if isinstance(tied, bool) else None,
         tuple((f.name, f.nbytes) for f in checkpoint.files)
         or tuple((n, 0) for n in sorted(set(checkpoint.absent.values()))),
         len(tensors),

@@ -8,13 +8,15 @@ folder goes is decided by comparing the linears that transformers would convert 
 
 Hazard: on a CPU with AVX512_BF16 the first forward in eval mode repacks every `Linear4bit` in place, computes in
 bfloat16 whatever the dtype asked for, and rounds the scales to bfloat16. Never save a model after that: write it anew
-from its source. The repacking fails on some shapes; those layers are kept out of it and dequantize at each call.
+from its source. The repacking fails on some shapes, and other CPU code is wrong on some: see `_avoid_cpu_kernels`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
+import types
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,7 +72,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | 
         refuse(path, report["missing_keys"], "not in the folder")
         refuse(path, report["unexpected_keys"], "not in the model")
         refuse(path, [key for key, *_ in report["mismatched_keys"]], "of another shape than in the model")
-    _avoid_repacking(model)
+    _avoid_cpu_kernels(model)
     return model.eval()
 
 
@@ -306,12 +308,31 @@ def _replace(
     model.set_submodule(path, new)
 
 
-def _avoid_repacking(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from repacking, on AVX512_BF16 CPUs, weights whose shape its packed layout cannot hold."""
+def _avoid_cpu_kernels(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes 0.50's CPU code away from shapes that it fails on.
+
+    Its AVX512_BF16 layout holds only rows in multiples of 32 and columns in multiples of a block. And its AVX-512
+    dequantization takes the wrong scales, from the third row on, where a row does not end with a block: decoded as one
+    long row, the same weights come out right.
+    """
     import bitsandbytes as bnb
 
     for layer in model.modules():
-        if isinstance(layer, bnb.nn.Linear4bit):
-            block = layer.weight.quant_state.blocksize if layer.weight.quant_state else 64
+        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state is not None:
+            block = layer.weight.quant_state.blocksize
             if layer.out_features % 32 or layer.in_features % block:
                 layer.support_avx512bf16_for_cpu = False
+            if layer.in_features % block and layer.weight.device.type == "cpu":
+                layer.forward = types.MethodType(_forward_as_one_row, layer)
+
+
+def _forward_as_one_row(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """x [..., in] → [..., out], in x's dtype."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(layer.weight.quant_state)
+    state.shape = torch.Size((1, state.shape.numel()))
+    weight = dequantize_4bit(layer.weight.data, state).view(layer.out_features, layer.in_features)
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import PARTIAL
 from quantkit.errors import OutputError, SourceError
 from quantkit.layouts import Checkpoint
-from quantkit.plan import Plan
+from quantkit.plan import WEIGHTS, Plan
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
@@ -19,7 +20,7 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     """The journal to write `plan` into `out` under, its entries those of an unfinished run of the same plan; None if
     the folder holds the finished result already. Raises OutputError; nothing is touched then."""
     _check_apart(out, checkpoint.folder)
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     names = _names(out)
     finished = _finished_hash(out)
@@ -31,6 +32,13 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
         raise OutputError(
             f"the output folder {what}", where=str(out), hint="name another -o, or replace it with --force"
         )
+    ours = _ours(out, plan, unfinished=unfinished)
+    foreign = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in ours]
+    if force and foreign:
+        raise OutputError(
+            f"{foreign[0]} is a weight file that quantkit did not write; --force does not delete it",
+            where=str(out), hint="name another -o, or remove the file yourself",
+        )  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
         journal = Journal(out)
@@ -55,7 +63,7 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
                 )  # fmt: skip
             return journal
         if force:
-            _clear(out, plan)
+            _clear(out, ours)
         journal.start(head)
     except BaseException:
         journal.close()
@@ -64,7 +72,7 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
 
 
 def _check_apart(out: Path, source: Path) -> None:
-    target, origin = out.resolve(), source.resolve()
+    target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))  # resolve() raises on a loop
     if target == origin or target.is_relative_to(origin) or origin.is_relative_to(target):
         raise OutputError(
             "the output folder and the source folder contain each other",
@@ -77,7 +85,9 @@ def _names(out: Path) -> list[str]:
     try:
         return sorted(p.name for p in out.iterdir() if p.name != FOLDER) if out.is_dir() else []
     except OSError as e:
-        raise OutputError(f"the output folder cannot be read: {e.strerror}", where=str(out)) from None
+        raise OutputError(
+            f"the output folder cannot be read: {e.strerror}", where=str(out), hint="name another -o"
+        ) from None
 
 
 def _finished_hash(out: Path) -> str | None:
@@ -89,22 +99,19 @@ def _finished_hash(out: Path) -> str | None:
         return None
 
 
-def _clear(out: Path, plan: Plan) -> None:
-    """What --force replaces: the files that this plan writes, and those that an earlier quantkit run lists as its own.
-    Weights of anybody else are never deleted."""
-    ours = {f.name for f in plan.files}
+def _ours(out: Path, plan: Plan, *, unfinished: bool) -> set[str]:
+    """What --force may replace: what an earlier run lists as its own, and the files that this plan writes; of the
+    weights among these only those of an unfinished run, for anybody's model may lie in a model.safetensors."""
+    ours = {f.name for f in plan.files if unfinished or f.role != WEIGHTS}
     with suppress(SourceError, KeyError, TypeError):
         ours |= {str(row["name"]) for row in read_json(out / "quantkit.json")["files"]}
-    ours |= {name + PARTIAL for name in ours}
-    partial_shards = {n for n in _names(out) if n.startswith("model") and n.endswith(".safetensors" + PARTIAL)}
-    foreign = [n for n in _names(out) if n.endswith(WEIGHT_SUFFIXES) and n not in ours]
-    if foreign:
-        raise OutputError(
-            f"{foreign[0]} is a weight file that quantkit did not write; --force does not delete it",
-            where=str(out), hint="name another -o, or remove the file yourself",
-        )  # fmt: skip
+    partial = {n for n in _names(out) if n.startswith("model") and n.endswith(".safetensors" + PARTIAL)}
+    return ours | {name + PARTIAL for name in ours} | partial
+
+
+def _clear(out: Path, ours: set[str]) -> None:
     # config.json first: from then on no loader takes the folder for a model.
-    for name in ["config.json", *sorted((ours | partial_shards) - {"config.json"})]:
+    for name in ["config.json", *sorted(ours - {"config.json"})]:
         path = out / name
         if path.parent == out and path.is_file():
             path.unlink()

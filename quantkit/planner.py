@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from quantkit import architectures
 from quantkit.architectures import Linear
-from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header
+from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header, quote
 from quantkit.errors import SourceError
 from quantkit.layouts import Checkpoint
 from quantkit.layouts.hf import SAFETENSORS_INDEX, index_text
@@ -100,6 +101,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
         )  # fmt: skip
     skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
     units = [_unit(t, chosen.get(t.name), recipe, where) for t in tensors]
+    written = Counter(t.name for u in units for t in u.outputs)
+    if (twice := next((name for name, n in written.items() if n > 1), None)) is not None:
+        raise SourceError(
+            f"the source holds {quote(twice)}, a name that quantizing would give to another tensor",
+            where=where, hint="the source is quantized already, or its tensors need other names",
+        )  # fmt: skip
     shards, units = _shard(units, recipe.shard_size)
     config, stripped = checkpoint.output_config()
     method = recipe.quantize.implementation
@@ -116,6 +123,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
         threads=recipe.resources.threads,
         limit=recipe.resources.max_memory,
         device=recipe.resources.device,
+        derived=architectures.find(checkpoint.config) is None,
     )
     identity = digest(
         {
@@ -140,7 +148,7 @@ def _unit(source: TensorInfo, linear: Linear | None, recipe: Recipe, where: str)
     # Offsets and files of the outputs are filled in by _shard.
     if linear is None:
         return Unit(source, (TensorInfo(source.name, source.dtype, source.shape, "", 0),))
-    if source.dtype not in FLOATS or len(source.shape) != 2:
+    if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
         raise SourceError(
             f"tensor {source.name!r} is {source.dtype} {list(source.shape)}: no 16- or 32-bit float matrix",
             where=f"{where}/{source.file}", hint="name the unquantized parent, or leave the tensor alone with --skip",
@@ -185,8 +193,9 @@ def _warnings(units: Sequence[Unit], recipe: Recipe, reader: str, stripped: Sequ
     odd = [u for u in units if u.weight is not None and (u.weight.columns % 64 or u.weight.rows % 32)]
     if odd and recipe.quantize.bits == 4:
         warnings.append(
-            f"{len(odd)} layers have a width that 64 does not divide, or a height that 32 does not ({odd[0].name}): "
-            "bitsandbytes cannot run them on CPUs with AVX512_BF16; GPUs and other CPUs can"
+            f"{len(odd)} layers have a width that 64 does not divide, or a height that 32 does not ({odd[0].name}): on "
+            "CPUs with AVX-512, bitsandbytes 0.50 fails on them or computes wrong numbers; load with quantkit.load there, "
+            "or use a GPU"
         )
     if "auto_map" in stripped:
         warnings.append("auto_map was taken out of config.json: the model's own Python code is not copied and not run")

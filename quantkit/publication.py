@@ -27,7 +27,7 @@ FORMAT = 1
 ERROR_NOTE = "Measured while encoding, on every 16th block (4-bit) or row (8-bit) of every tensor."
 # As wide in JSON as any error or count that a run can measure.
 _WIDEST = 1.23456e-100
-_WIDEST_COUNT = 10**12
+_WIDEST_COUNT = 10**12 - 1
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from quantkit.errors import RecipeError
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, Parameters
 
+DEPTH = 2  # of a recipe: keys in blocks
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -29,7 +31,10 @@ def parse_size(value: object) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
     if not match:
         raise ValueError(f"{value!r} is not a size; write bytes, or a number with KB, MB, GB, MiB or GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    try:
+        return int(float(match[1]) * _UNITS[match[2]])
+    except OverflowError:
+        raise ValueError("the size is beyond all measure") from None
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -122,8 +127,8 @@ def load_recipe(path: Path | None, assignments: Sequence[str] = (), options: Map
             raise RecipeError(f"--set {assignment!r} is not KEY=VALUE", hint="for example --set quantize.bits=8")
         try:
             _put(table, key.strip(), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {key}: the value is not YAML", where=value) from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that no calendar has
+            raise RecipeError(f"--set {key}: the value is not YAML", where=value, hint="quote it") from None
     for key, value in (options or {}).items():
         if value is not None:
             _put(table, key, value)
@@ -148,18 +153,21 @@ def build_recipe(
     method, bits = block.pop("method", "bnb"), block.pop("bits", 4)
     names = sorted({name for name, _ in METHODS})
     if method not in names:
-        raise fail(f"unknown method {method!r}", ("quantize", "method"), _did_you_mean(str(method), names))
+        near = _did_you_mean(method if isinstance(method, str) else "", names)
+        raise fail(f"unknown method {reprlib.repr(method)}", ("quantize", "method"), near)
     widths = sorted(b for name, b in METHODS if name == method)
     if type(bits) is not int or bits not in widths:
         choice = " or ".join(map(str, widths))
-        raise fail(f"method {method} has no {bits!r}-bit form", ("quantize", "bits"), f"use --bits {choice}")
+        raise fail(
+            f"method {method} has no {reprlib.repr(bits)}-bit form", ("quantize", "bits"), f"use --bits {choice}"
+        )
     implementation = METHODS[method, bits]
     skip = block.pop("skip", ())
     skip = [skip] if isinstance(skip, str) else skip
     try:
         params = implementation.params.model_validate(block)
         if not isinstance(skip, (list, tuple)):
-            raise fail("skip is not a list of patterns", ("quantize", "skip"))
+            raise fail("skip is not a list of patterns", ("quantize", "skip"), "for example [lm_head, layers.0]")
         table["quantize"] = Quantize.model_validate(
             {"method": method, "bits": bits, "skip": tuple(skip), "params": params}
         )
@@ -185,7 +193,7 @@ def build_recipe(
     if error["type"] == "missing":
         raise fail(f"{dotted} is missing", keys, "name it in the recipe or on the command line")
     message = str(error["msg"]).removeprefix("Value error, ")
-    raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, f"it is {error['input']!r}")
+    raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, f"it is {reprlib.repr(error['input'])}")
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -198,7 +206,7 @@ def _put(table: dict[str, Any], dotted: str, value: Any) -> None:
     for key in path:
         inner = table.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f"{key} is not a block, so {dotted} cannot be set")
+            raise RecipeError(f"{key} is not a block, so {dotted} cannot be set", hint="write its keys below it")
         table = inner
     table[last] = value
 
@@ -207,16 +215,19 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     try:
         text = path.read_text("utf-8")
     except OSError as e:
-        raise RecipeError(f"the recipe cannot be read: {e.strerror}", where=str(path)) from None
+        raise RecipeError(f"the recipe cannot be read: {e.strerror}", where=str(path), hint="check the path") from None
     except UnicodeDecodeError:
-        raise RecipeError("the recipe is not UTF-8 text", where=str(path)) from None
+        raise RecipeError("the recipe is not UTF-8 text", where=str(path), hint="save it as UTF-8") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         table = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as e:
         mark = getattr(e, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"the recipe is not valid YAML: {getattr(e, 'problem', e)}", where=place) from None
+        raise RecipeError(
+            f"the recipe is not valid YAML: {getattr(e, 'problem', None) or e}", where=place,
+            hint="a recipe is lines of `key: value`, inner keys indented by spaces",
+        ) from None  # fmt: skip
     if not isinstance(table, dict):
         raise RecipeError("the recipe is not a table of keys", where=str(path), hint="begin with `source: …`")
     lines: dict[tuple[str, ...], int] = {}
@@ -230,6 +241,9 @@ def _note_lines(node: Any, prefix: tuple[str, ...], lines: dict[tuple[str, ...],
             path = (*prefix, str(key.value))
             line = key.start_mark.line + 1
             if path in lines:
-                raise RecipeError(f"the key {'.'.join(path)!r} stands twice", where=f"{where}, line {line}")
+                raise RecipeError(
+                    f"the key {'.'.join(path)!r} stands twice", where=f"{where}, line {line}", hint="leave one of them"
+                )
             lines[path] = line
-            _note_lines(value, path, lines, where)
+            if len(path) < DEPTH:  # no further: an alias may lead round in circles
+                _note_lines(value, path, lines, where)

@@ -75,15 +75,26 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
             writer.close()
         _publish(plan, checkpoint, out, measured)
         journal.remove()
-    except BaseException:
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; what is finished is kept", where=str(out), hint="the same command takes up where it stopped"
+        ) from None
+    finally:
         journal.close()
-        raise
     return _outcome(out, plan, started, len(done))
 
 
 def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: bool = False) -> Outcome:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Outcome(out, already, time.monotonic() - started, peak, len(plan.units), reused)
+    return Outcome(out, already, time.monotonic() - started, _peak_rss(), len(plan.units), reused)
+
+
+def _peak_rss() -> int:
+    """Most RAM that this process had. Not ru_maxrss where it can be helped: that begins with what our parent had."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Open:
@@ -139,10 +150,6 @@ class _Run:
                     self._reap(in_flight, progress)
             outputs = self.committer.finish()
             sources = self.hashes.finish()
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "interrupted; what is finished is kept", hint="the same command takes up where it stopped"
-            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
             self.committer.stop()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.checkpoint.header import DTYPE_BITS, TensorInfo, TensorSpec
+from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorInfo, TensorSpec
 from quantkit.checkpoint.reader import SourceFiles, read_json, run_of
 from quantkit.console import Console, Progress
 from quantkit.errors import QuantkitError, UsageError
@@ -20,7 +20,11 @@ from quantkit.layouts.hf import SIDE_FILES
 from quantkit.memory import SLAB
 from quantkit.methods.base import Array, Decoder, WeightSpec
 from quantkit.output import WEIGHT_SUFFIXES
+from quantkit.publication import FORMAT
 from quantkit.recipe import Quantize, build_recipe
+
+# What a decoder may raise on companions made to mislead: JSON of another shape has many ways to be wrong.
+UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,10 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
     check = _Check(folder, console)
     try:
         check.run(parent, quick=quick)
-    except (QuantkitError, OSError) as e:
-        check.problems.append(str(e).splitlines()[0])
+    except QuantkitError as e:
+        check.problems.append(f"{Path(e.where).name or folder.name}: {e.what}")
+    except OSError as e:
+        check.problems.append(f"{e.filename or folder.name}: {e.strerror or e}")
     return Verification(
         tuple(check.problems), check.files, check.tensors, check.quantized, check.compared, dict(check.errors)
     )
@@ -73,12 +79,16 @@ class _Check:
 
     def run(self, parent: Checkpoint | None, *, quick: bool) -> None:
         manifest = read_json(self.folder / "quantkit.json")
+        if manifest.get("format") != FORMAT:
+            self.problems.append(f"quantkit.json: format {manifest.get('format')!r}, this version knows {FORMAT}")
+            return
         try:
             quantize = build_recipe({"source": "", "quantize": manifest["recipe"]["quantize"]}).quantize
             rows = [_Row.read(row) for row in manifest["tensors"]]
             listed = {str(f["name"]): (int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]}
-        except (QuantkitError, KeyError, TypeError, ValueError) as e:
-            self.problems.append(f"quantkit.json: not a manifest of quantkit ({e})")
+        except (QuantkitError, KeyError, TypeError, ValueError, OverflowError) as e:
+            why = e.what if isinstance(e, QuantkitError) else repr(e)
+            self.problems.append(f"quantkit.json: not a manifest of quantkit ({why})")
             return
         self._check_files(listed, quick=quick)
         checkpoint = open_checkpoint(self.folder)
@@ -91,6 +101,8 @@ class _Check:
             if parent is None:
                 self._decode_all(checkpoint, files, sound, quantize, progress)
             else:
+                left_out = sorted(parent.tensors.keys() - {row.name for row in rows})
+                self.problems += [f"tensor {name!r}: the source has it, the manifest does not" for name in left_out]
                 with SourceFiles(parent.folder, parent.files) as parent_files:
                     for row in sound:
                         self._compare(checkpoint, files, parent, parent_files, row, quantize)
@@ -154,7 +166,7 @@ class _Check:
                 try:
                     for _ in self._decoded(checkpoint, files, row, quantize):
                         pass
-                except (ValueError, KeyError, TypeError) as e:
+                except UNDECODABLE as e:
                     self.problems.append(f"tensor {row.name!r} does not decode: {e}")
             progress.advance(sum(t.nbytes for t in row.outputs(quantize)))
             progress.unit(row.name, row.spec.nbytes)
@@ -219,7 +231,7 @@ class _Check:
                 difference = original - restored
                 error += float(np.vdot(difference, difference))
                 norm += float(np.vdot(original, original))
-        except (ValueError, KeyError, TypeError) as e:
+        except UNDECODABLE as e:
             self.problems.append(f"tensor {row.name!r} does not decode: {e}")
             return
         measured = (error / norm) ** 0.5 if norm > 0 else error
@@ -244,7 +256,12 @@ class _Row:
         if row["dtype"] not in DTYPE_BITS:
             raise ValueError(f"unknown dtype {row['dtype']!r}")
         spec = TensorSpec(str(row["name"]), str(row["dtype"]), tuple(int(n) for n in row["shape"]))
-        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), float(row.get("error", 0.0)))
+        if row["quantized"] and (len(spec.shape) != 2 or min(spec.shape) < 1 or spec.dtype not in FLOATS):
+            raise ValueError(f"{spec.name!r} is no float matrix, so it was not quantized")
+        error = float(row.get("error", 0.0))
+        if not 0 <= error < np.inf:
+            raise ValueError(f"{spec.name!r} has an error of {error}")
+        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), error)
 
     @property
     def name(self) -> str:

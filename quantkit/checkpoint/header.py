@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import reprlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from quantkit.errors import SourceError
 
 MAX_HEADER = 16 * 1024 * 1024
 MAX_DIMS = 8
+MAX_DEPTH = 64
 ALIGN = 8
 
 # Bits, not bytes: safetensors has types below a byte. Spelling as in the header.
@@ -56,6 +59,44 @@ class TensorInfo(TensorSpec):
     offset: int
 
 
+def _abbreviator() -> reprlib.Repr:
+    abbreviate = reprlib.Repr()
+    abbreviate.maxstring = abbreviate.maxother = 120
+    return abbreviate
+
+
+quote = _abbreviator().repr  # a stranger's value in a message: escaped for terminals, short, and never deep
+
+
+def strict_json(raw: bytes) -> Any:
+    """The value of JSON that strangers wrote. ValueError on what `json.loads` lets pass and later code would fall over:
+    a key that stands twice, nesting beyond MAX_DEPTH, half a surrogate pair (which no UTF-8 file can hold)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = {}
+        for key, value in pairs:
+            if key in keys:
+                raise ValueError(f"the key {quote(key)} stands twice")
+            keys[key] = value
+        return keys
+
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+    if level:
+        raise ValueError("it is nested too deeply")
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):  # a surrogate; the other half of the pair should stand beside it
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it has half a surrogate pair") from None
+    return value
+
+
 def parse_header(raw: bytes, *, where: str) -> tuple[list[tuple[TensorSpec, int, int]], dict[str, str]]:
     """Tensors with their (begin, end) offsets, ordered by offset, and `__metadata__`.
 
@@ -65,20 +106,12 @@ def parse_header(raw: bytes, *, where: str) -> tuple[list[tuple[TensorSpec, int,
     def fail(what: str) -> SourceError:
         return SourceError(what, where=where, hint="the file is damaged or was made to mislead: fetch it again")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = {}
-        for key, value in pairs:
-            if key in keys:
-                raise fail(f"the header names {key!r} twice")
-            keys[key] = value
-        return keys
-
     if not raw.startswith(b"{"):
         raise fail("the safetensors header does not start with '{'")
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise fail(f"the safetensors header is not valid JSON ({type(e).__name__})") from None
+        table = strict_json(raw)
+    except ValueError as e:
+        raise fail(f"the safetensors header is not valid JSON: {e}") from None
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise fail("__metadata__ is not a table of strings")
@@ -87,29 +120,34 @@ def parse_header(raw: bytes, *, where: str) -> tuple[list[tuple[TensorSpec, int,
     position = 0
     for spec, begin, end in entries:
         if begin != position:
-            raise fail(f"tensor {spec.name!r}: data starts at {begin}, expected {position} (a hole or an overlap)")
+            raise fail(f"tensor {quote(spec.name)}: data starts at {begin}, expected {position} (a hole or an overlap)")
         position = end
     return entries, metadata
 
 
 def _entry(name: str, value: Any, fail: Any) -> tuple[TensorSpec, int, int]:
+    label = f"tensor {quote(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise fail(f"tensor {name!r}: needs exactly dtype, shape and data_offsets")
+        raise fail(f"{label}: needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise fail(f"tensor {name!r}: unknown dtype {dtype!r}")
+        raise fail(f"{label}: unknown dtype {quote(dtype)}")
     if (
         not isinstance(shape, list)
         or len(shape) > MAX_DIMS
-        or not all(type(n) is int and 0 <= n < 2**48 for n in shape)
+        or not all(type(n) is int and 0 <= n < 2**60 for n in shape)
     ):
-        raise fail(f"tensor {name!r}: shape {shape!r} is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise fail(f"tensor {name!r}: data_offsets {offsets!r} is not a pair of offsets")
+        raise fail(f"{label}: shape {quote(shape)} is not a list of sizes")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and 0 <= n < 2**63 for n in offsets)
+    ):
+        raise fail(f"{label}: data_offsets {quote(offsets)} is not a pair of offsets")
     begin, end = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
-        raise fail(f"tensor {name!r}: {dtype} {shape} needs {bits / 8:g} bytes, its offsets span {end - begin}")
+        raise fail(f"{label}: {dtype} {shape} needs {bits / 8:g} bytes, its offsets span {end - begin}")
     return TensorSpec(name, dtype, tuple(shape)), begin, end
 
 

@@ -11,9 +11,11 @@ import json
 import os
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.writer import write_error
 from quantkit.errors import OutputError
 
 FOLDER = ".quantkit"
@@ -34,6 +36,11 @@ class Journal:
             raise OutputError(
                 "another run is writing to this folder", where=str(out), hint="wait for it, or name another -o"
             ) from None
+        if os.fstat(self._fd).st_nlink == 0:  # it finished between our open and our lock
+            os.close(self._fd)
+            raise OutputError(
+                "another run has just finished this folder", where=str(out), hint="run the same command again"
+            )
         head, self.entries = self._load()
         self.head: dict[str, Any] | None = head
 
@@ -60,19 +67,25 @@ class Journal:
         self.append([head])
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Durable on return. The caller has synced the data that the entries speak of."""
+        """Durable on return; RunError if the disk is full. The caller has synced the data that the entries speak of."""
         raw = b"".join(json.dumps(e).encode() + b"\n" for e in entries)
         view = memoryview(raw)
-        with self._lock:
-            while view:
-                view = view[os.write(self._fd, view) :]
-            os.fdatasync(self._fd)
+        try:
+            with self._lock:
+                while view:
+                    view = view[os.write(self._fd, view) :]
+                os.fdatasync(self._fd)
+        except OSError as e:
+            raise write_error(e, self.path) from None
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def remove(self) -> None:
         """The run is committed: the folder needs no journal any more."""
         self.path.unlink(missing_ok=True)
         self.close()
-        self.path.parent.rmdir()
+        with suppress(OSError):  # a run that started this moment may hold a journal of its own there
+            self.path.parent.rmdir()

@@ -7,7 +7,6 @@ the caller's decision. Works for safetensors and for torch zip files alike, beca
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.checkpoint.header import TensorInfo, read_header
+from quantkit.checkpoint.header import TensorInfo, quote, read_header, strict_json
 from quantkit.checkpoint.torch_zip import read_torch_zip
 from quantkit.errors import RunError, SourceError
 
@@ -38,50 +37,51 @@ class WeightFile:
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """folder/name, if `name` is a plain file name and the file does not lead out of the folder.
+    """folder/name, if `name` is a plain file name and what is there, if anything, is a file inside the folder.
 
-    The one exception is a Hub cache: its snapshots are symlinks into the `blobs` folder of the same model.
+    The one exception is a Hub cache: its snapshots are symlinks into the `blobs` folder of the same model, or (since
+    huggingface_hub 2) through that into the one of the whole cache, as `blobs/ab/abcd…`.
     """
     if not _BASENAME.fullmatch(name):
         raise SourceError(
-            f"{name!r} is not a plain file name", where=str(folder), hint="an index may only name files beside itself"
+            f"{quote(name)} is not a plain file name",
+            where=str(folder),
+            hint="an index may only name files beside itself",
         )
     path = folder / name
     if path.is_symlink():
-        target = path.resolve()
-        blobs = folder.resolve().parent.parent / "blobs"
-        if not (target.is_relative_to(folder.resolve()) or target.parent == blobs):
+        home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))  # resolve() raises on a loop
+        model = home.parent.parent
+        blobs = (target.parent == model / "blobs", target.parent.parent == model.parent / "blobs")
+        cached = home.parent.name == "snapshots" and any(blobs)
+        if not (target.is_relative_to(home) or cached):
             raise SourceError(
                 f"{name} is a symbolic link that leaves the folder",
                 where=str(path),
                 hint="copy the file in its place, if you trust where it leads",
             )
+    if path.exists() and not path.is_file():  # opening a pipe would wait forever
+        raise SourceError(f"{name} is not a file", where=str(path), hint="fetch the model again")
     return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a small file; SourceError if it is missing, too large, not JSON or not an object."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            names = [k for k, _ in pairs]
-            twice = next(k for k in names if names.count(k) > 1)
-            raise SourceError(f"the key {twice!r} stands twice", where=str(path), hint="remove one of them")
-        return table
-
+    hint = "fetch the file again, or mend it"
     try:
         if path.stat().st_size > MAX_JSON:
-            raise SourceError(f"{path.name} is larger than {MAX_JSON >> 20} MiB", where=str(path))
-        value = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=unique)
+            raise SourceError(f"{path.name} is larger than {MAX_JSON >> 20} MiB", where=str(path), hint=hint)
+        value = strict_json(path.read_bytes())
     except FileNotFoundError:
-        raise SourceError(f"{path.name} is missing", where=str(path.parent)) from None
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{path.name} is not valid JSON: {e}", where=str(path)) from None
+        raise SourceError(f"{path.name} is missing", where=str(path.parent), hint="fetch the file again") from None
+    except ValueError as e:
+        raise SourceError(f"{path.name} is not valid JSON: {e}", where=str(path), hint=hint) from None
     except OSError as e:
-        raise SourceError(f"{path.name} cannot be read: {e.strerror}", where=str(path)) from None
+        raise SourceError(
+            f"{path.name} cannot be read: {e.strerror}", where=str(path), hint="check its permissions"
+        ) from None
     if not isinstance(value, dict):
-        raise SourceError(f"{path.name} holds {type(value).__name__}, not an object", where=str(path))
+        raise SourceError(f"{path.name} holds {type(value).__name__}, not an object", where=str(path), hint=hint)
     return value
 
 
@@ -106,11 +106,15 @@ def read_weight_files(
                 hint="the download is incomplete: fetch it again",
             ) from None
         except OSError as e:
-            raise SourceError(f"{name} cannot be read: {e.strerror}", where=str(path)) from None
+            raise SourceError(
+                f"{name} cannot be read: {e.strerror}", where=str(path), hint="check its permissions"
+            ) from None
         for info in infos:
+            if info.name == "__metadata__":  # a pickle may hold it, but in a safetensors header it is no tensor
+                raise SourceError("no tensor may be called '__metadata__'", where=str(path), hint="rename it")
             if info.name in tensors:
                 raise SourceError(
-                    f"tensor {info.name!r} is stored twice",
+                    f"tensor {quote(info.name)} is stored twice",
                     where=f"{folder}: {tensors[info.name].file} and {name}",
                     hint="keep the files of one download only",
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -27,8 +28,13 @@ class FileLayout:
     nbytes: int
 
 
+# The filesystem has no room, or this user none, or files cannot be so large: answers, not a lack of means.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def write_error(e: OSError, path: Path) -> RunError:
-    hint = "free some space, then run the same command: it resumes" if e.errno == 28 else "then run the same command"
+    full = e.errno in NO_SPACE
+    hint = f"{'free some space' if full else 'mend that'}, then run the same command: it resumes"
     return RunError(f"writing {path.name} failed: {e.strerror}", where=str(path.parent), hint=hint)
 
 
@@ -106,7 +112,7 @@ def _reserve(fd: int, nbytes: int) -> None:
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as e:
-        if e.errno == 28:  # ENOSPC: a real answer. Other codes mean that the filesystem cannot reserve.
+        if e.errno in NO_SPACE:  # other codes mean that the filesystem cannot reserve
             raise
         os.ftruncate(fd, nbytes)
 

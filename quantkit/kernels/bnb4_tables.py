@@ -20,9 +20,9 @@ NF4 = np.array([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)
 FP4 = np.array([
     0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
-    -0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25],
+    0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25],
     np.float32)
-# Codes by rising value. Between +0 (code 0) and -0 (code 8) lies the threshold 0.0: bitsandbytes on a CPU sorts so.
+# Codes by rising value. Between the zeros, codes 0 and 8, lies the threshold 0.0: bitsandbytes on a CPU sorts so.
 FP4_ORDER = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)
 # fmt: on
 TABLES = {"nf4": NF4, "fp4": FP4}

@@ -22,6 +22,8 @@ BITS_DTYPE: dict[str, Any] = {"F32": np.uint32, "BF16": np.uint16, "F16": np.uin
 INFINITE = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
 
 
+# Numba's cache on disk does not see a change of this function in the kernels of other files, into which it is inlined:
+# after one, delete `__pycache__`.
 @njit(inline="always")
 def widen(x, kind, bits):  # type: ignore[no-untyped-def]
     """Writes x, as fp32 bit patterns, into `bits` (uint32, same length). Exact for every input."""

@@ -21,4 +21,9 @@ def open_checkpoint(folder: Path, *, data_present: bool = True) -> Checkpoint:
             where=str(folder),
             hint="name the folder that holds config.json and the weights",
         )
-    return open_hf(folder, data_present=data_present)
+    try:
+        return open_hf(folder, data_present=data_present)
+    except OSError as e:
+        raise SourceError(
+            f"{folder.name!r} cannot be read: {e.strerror}", where=str(e.filename), hint="check its permissions"
+        ) from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.header import TensorInfo
+from quantkit.checkpoint.header import TensorInfo, quote
 from quantkit.checkpoint.reader import WeightFile, read_json, read_weight_files, safe_path
 from quantkit.errors import SourceError
 
@@ -18,9 +18,10 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 
 # What travels with a derived model, byte for byte. README.md is the parent's card: quoted in ours, not copied.
 SIDE_FILES = re.compile(
-    r"generation_config\.json|tokenizer.*|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"(?!.*\.py$)"  # code does not travel, whatever it is called
+    r"(?:generation_config\.json|tokenizer.*|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
     r"|merges\.txt|spiece\.model|sentencepiece.*\.model|chat_template.*|(processor|preprocessor)_config\.json"
-    r"|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?:[.\-_].*)?",
+    r"|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?:[.\-_].*)?)",
     re.IGNORECASE,
 )
 MAX_SIDE_FILE = 256 * 1024 * 1024
@@ -48,9 +49,9 @@ class Checkpoint:
 
     @property
     def parent_card(self) -> str | None:
-        path = self.folder / "README.md"
         try:
-            return path.read_bytes()[: 1 << 20].decode("utf-8", "replace")
+            with safe_path(self.folder, "README.md").open("rb") as f:
+                return f.read(1 << 20).decode("utf-8", "replace")
         except OSError:
             return None
 
@@ -78,32 +79,30 @@ def open_hf(folder: Path, *, data_present: bool = True) -> Checkpoint:
         )  # fmt: skip
     config = read_json(safe_path(folder, CONFIG))
     names, index, index_total = _weight_files(folder)
-    missing = [n for n in names if not safe_path(folder, n).exists()]
+    missing = [n for n in names if not safe_path(folder, n).exists()] if index is not None else []
     if missing and data_present:
         raise SourceError(
             f"the index names {missing[0]}, which is not there ({len(missing)} of {len(names)} files are missing)",
             where=str(folder), hint="the download is incomplete: fetch it again",
         )  # fmt: skip
-    if missing and len(missing) < len(names):
-        names = [n for n in names if n not in missing]
-    elif missing:
-        names = []
+    gone = set(missing)
+    names = [n for n in names if n not in gone]
     tensors, files = read_weight_files(folder, names, data_present=data_present)
     by_name = {t.name: t for t in tensors}
     absent: dict[str, str] = {}
     if index is not None:
         for name, file in index.items():
-            if file in missing:
+            if file in gone:
                 absent[name] = file
             elif name not in by_name or by_name[name].file != file:
                 raise SourceError(
-                    f"the index places tensor {name!r} in {file}, which does not hold it",
+                    f"the index places tensor {quote(name)} in {file}, which does not hold it",
                     where=str(folder), hint="index and weights are of different downloads: fetch them again",
                 )  # fmt: skip
         stray = [t for t in by_name if t not in index]
         if stray:
             raise SourceError(
-                f"tensor {stray[0]!r} is in {by_name[stray[0]].file} but not in the index",
+                f"tensor {quote(stray[0])} is in {by_name[stray[0]].file} but not in the index",
                 where=str(folder), hint="index and weights are of different downloads: fetch them again",
             )  # fmt: skip
     return Checkpoint(folder, "hf", config, by_name, tuple(files), absent, index_total, _side_files(folder))
@@ -112,10 +111,16 @@ def open_hf(folder: Path, *, data_present: bool = True) -> Checkpoint:
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int | None]:
     """Names of the weight files, the index's weight_map if there is one, and its total_size."""
     for single, index_name in (("model.safetensors", SAFETENSORS_INDEX), ("pytorch_model.bin", TORCH_INDEX)):
+        alone = (folder / single).exists() or (folder / single).is_symlink()
         if (folder / index_name).exists():
             weight_map, total = _read_index(folder, index_name)
+            if alone and single not in weight_map.values():  # transformers would load the one, others the other
+                raise SourceError(
+                    f"{single} lies beside an index of other files: which are the weights?",
+                    where=str(folder), hint="keep one set of weights in the folder",
+                )  # fmt: skip
             return sorted(set(weight_map.values())), weight_map, total
-        if (folder / single).exists() or (folder / single).is_symlink():
+        if alone:
             return [single], None, None
     found = sorted(p.name for p in folder.iterdir() if p.name.endswith((".safetensors", ".bin", ".pth", ".gguf")))
     raise SourceError(
@@ -130,24 +135,32 @@ def _read_index(folder: Path, name: str) -> tuple[dict[str, str], int | None]:
     table = read_json(path)
     weight_map = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise SourceError("weight_map is not a table of tensor names to file names", where=str(path))
+        raise SourceError(
+            "weight_map is not a table of tensor names to file names", where=str(path), hint="fetch the file again"
+        )
     suffix = ".safetensors" if name == SAFETENSORS_INDEX else ".bin"
     for tensor, file in weight_map.items():
         safe_path(folder, file)
         if not file.endswith(suffix):
-            raise SourceError(f"tensor {tensor!r} is placed in {file!r}, not a {suffix} file", where=str(path))
+            raise SourceError(
+                f"tensor {quote(tensor)} is placed in {quote(file)}, not a {suffix} file",
+                where=str(path), hint="fetch the file again",
+            )  # fmt: skip
     metadata = table.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return weight_map, int(total) if isinstance(total, (int, float)) and total >= 0 else None
+    return weight_map, int(total) if isinstance(total, (int, float)) and 0 <= total < 2**63 else None
 
 
 def _side_files(folder: Path) -> tuple[tuple[str, int], ...]:
     found = []
     for path in sorted(folder.iterdir()):
-        if SIDE_FILES.fullmatch(path.name) and path.is_file():
+        if SIDE_FILES.fullmatch(path.name) and not path.is_dir():
             size = safe_path(folder, path.name).stat().st_size
             if size > MAX_SIDE_FILE:
-                raise SourceError(f"{path.name} has {size:,} bytes: that is no tokenizer or licence", where=str(path))
+                raise SourceError(
+                    f"{path.name} has {size:,} bytes: that is no tokenizer or licence",
+                    where=str(path), hint="take it out of the folder",
+                )  # fmt: skip
             found.append((path.name, size))
     return tuple(found)
 

@@ -1,0 +1,471 @@
+"""What survives: kill -9 at any moment, signals, a full disk, a source that changes. The same command always ends in
+the same bytes, and until then no loader takes the folder for a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quantkit.checkpoint.header import TensorSpec, build_header
+from quantkit.checkpoint.journal import Journal
+from quantkit.errors import OutputError
+from quantkit.layouts.hf import index_text
+
+HIDDEN, FEED_FORWARD, KEY_VALUE, VOCABULARY, LAYERS = 1024, 3584, 256, 4000, 4
+UNITS = 9 * LAYERS + 3
+OPTIONS = ("--threads", "1", "--shard-size", "12MB", "--quiet")
+Moment = Callable[[Path], bool]
+
+# Runs quantkit and sends it a signal right after its n-th rename: every commit of a file is one.
+SIGNAL_AFTER_RENAME = """
+import os, sys
+left, what, rename = int(sys.argv.pop(1)), int(sys.argv.pop(1)), os.replace
+def replace(source, target):
+    global left
+    rename(source, target)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), what)
+os.replace = replace
+from quantkit.cli import main
+main()
+"""
+
+
+def make_source(folder: Path) -> Path:
+    """130 MB in Mistral's shape, four shards and what usually lies beside them."""
+    folder.mkdir()
+    linears = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KEY_VALUE, HIDDEN),
+               "self_attn.v_proj": (KEY_VALUE, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
+               "mlp.gate_proj": (FEED_FORWARD, HIDDEN), "mlp.up_proj": (FEED_FORWARD, HIDDEN),
+               "mlp.down_proj": (HIDDEN, FEED_FORWARD), "input_layernorm": (HIDDEN,),
+               "post_attention_layernorm": (HIDDEN,)}  # fmt: skip
+    shards: list[dict[str, tuple[int, ...]]] = [
+        {f"model.layers.{i}.{name}.weight": shape for name, shape in linears.items()} for i in range(LAYERS)
+    ]
+    shards[0] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), **shards[0]}
+    shards[-1] |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    values = np.random.default_rng(0).standard_normal(VOCABULARY * HIDDEN + UNITS, np.float32) * np.float32(0.02)
+    pool = (values.view(np.uint32) >> 16).astype(np.uint16)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shapes in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        specs = [TensorSpec(tensor, "BF16", shape) for tensor, shape in shapes.items()]
+        with (folder / name).open("wb") as f:
+            f.write(build_header(specs)[0])
+            for spec in specs:
+                start = len(weight_map)  # no two tensors alike
+                f.write(pool[start : start + spec.numel])
+                weight_map[spec.name] = name
+                total += spec.nbytes
+    (folder / "model.safetensors.index.json").write_bytes(index_text(weight_map, total))
+    config = {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": HIDDEN,
+        "intermediate_size": FEED_FORWARD, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 128, "vocab_size": VOCABULARY, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text('{"model": {}}\n')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}\n')
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Parent\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Read only; whoever changes it takes a copy. That quantkit did not change it is checked at the end."""
+    folder = make_source(tmp_path_factory.mktemp("resume") / "source")
+    before = stamps(folder)
+    yield folder
+    assert stamps(folder) == before
+
+
+@pytest.fixture(scope="session")
+def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """SHA-256 of every file that an uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    assert finish(source, out).returncode == 0
+    files = digests(out)
+    assert {"README.md", "quantkit.json", "config.json", "tokenizer.json"} < set(files)
+    assert sum(name.endswith(".safetensors") for name in files) >= 4
+    return files
+
+
+def command(source: Path, out: Path, *options: str) -> list[str]:
+    return ["quantize", str(source), "-o", str(out), *OPTIONS, *options]
+
+
+def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "quantkit", *command(source, out, *options)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(source: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "quantkit", *command(source, out, *options)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def at(process: subprocess.Popen[str], out: Path, moment: Moment, what: signal.Signals) -> None:
+    """Sends the signal as soon as the moment has come; nothing if the process ends before."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not moment(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    if process.poll() is None:
+        process.send_signal(what)
+
+
+def signal_after_rename(n: int, what: signal.Signals, source: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", SIGNAL_AFTER_RENAME, str(n), str(int(what)), *command(source, out)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+def stop_at(source: Path, out: Path, moment: Moment, what: signal.Signals, *options: str) -> tuple[int, str]:
+    """Exit code and stderr of a run that met a signal."""
+    process = start(source, out, *options)
+    at(process, out, moment, what)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+def journal_lines(out: Path) -> int:
+    try:
+        return (out / ".quantkit" / "journal").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def lines(n: int) -> Moment:
+    return lambda out: journal_lines(out) >= n
+
+
+def delay(seconds: float) -> Moment:
+    end: list[float] = []
+
+    def moment(_: Path) -> bool:
+        end.append(time.monotonic() + seconds)
+        return time.monotonic() >= end[0]
+
+    return moment
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by relative path, of every file at any depth."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+
+
+def assert_no_model(out: Path, finished: dict[str, str]) -> None:
+    """No loader takes `out` for a model, or else it is the finished one."""
+    if (out / "config.json").exists():
+        assert finished.items() <= digests(out).items()
+
+
+def assert_finished(source: Path, out: Path, wanted: dict[str, str]) -> None:
+    """The same command again ends well, and in these bytes."""
+    done = finish(source, out)
+    assert done.returncode == 0, done.stderr
+    assert digests(out) == wanted
+
+
+def assert_three_lines(stderr: str, *words: str) -> None:
+    found = stderr.rstrip().split("\n")
+    assert len(found) == 3, stderr
+    assert found[0].startswith("error: ")
+    assert found[1].startswith("  in: ")
+    assert found[2].startswith("  hint: ")
+    for word in words:
+        assert word in stderr
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments(seed: int, source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    """Five kills a chain, each in the run that takes up what the one before had left."""
+    chance = random.Random(seed)
+    out = tmp_path / "out"
+    counts = sorted(chance.sample(range(1, UNITS), 3))
+    moments = [delay(chance.uniform(0, 0.8)), *map(lines, counts), delay(chance.uniform(0.2, 0.8))]
+    killed = 0
+    for moment in moments:
+        code, stderr = stop_at(source, out, moment, signal.SIGKILL)
+        assert code in (0, -signal.SIGKILL), stderr
+        killed += code != 0
+        assert_no_model(out, reference)
+    assert killed >= 3
+    assert_finished(source, out, reference)
+
+
+def test_killed_after_renames(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    """The finishing phase, exactly: after the first shard, the last, the index, a tokenizer, the manifest, the card,
+    and after config.json, when only the journal is left to remove."""
+    out = tmp_path / "out"
+    shards = [name for name in reference if name.endswith(".safetensors")]
+    stages = [shards[0], shards[-1], "model.safetensors.index.json", "tokenizer.json", "quantkit.json", "README.md",
+              "config.json"]  # fmt: skip
+    order = [*shards, *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
+             "quantkit.json", "README.md", "config.json"]  # fmt: skip
+    renamed = 0  # shards are renamed once and for all; the small files are written again by each run
+    for last in stages:
+        n = order.index(last) + 1 - renamed
+        killed = signal_after_rename(n, signal.SIGKILL, source, out)
+        assert killed.returncode == -signal.SIGKILL, (last, killed.stderr)
+        assert (out / last).exists()
+        assert (out / "config.json").exists() == (last == "config.json")
+        assert_no_model(out, reference)
+        renamed = max(renamed, min(order.index(last) + 1, len(shards)))
+    assert_finished(source, out, reference)
+
+
+def test_resuming_keeps_what_was_done(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_at(source, out, lines(UNITS // 2), signal.SIGKILL)
+    sources = (out / ".quantkit" / "journal").read_text().count('"source"')
+    kept = journal_lines(out) - 1 - sources
+    result = json.loads(finish(source, out, "--json").stdout)
+    assert result["reused"] == kept >= UNITS // 2 - 4
+    assert result["units"] == UNITS
+    assert digests(out) == reference
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(what: signal.Signals, source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stderr = stop_at(source, out, lines(6), what)
+    assert code == 130
+    assert_three_lines(stderr, "interrupted", str(out), "the same command")
+    assert not (out / "config.json").exists()
+    assert_finished(source, out, reference)
+
+
+def test_interrupted_in_the_finishing_phase(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped = signal_after_rename(2, signal.SIGTERM, source, out)
+    assert stopped.returncode == 130
+    assert_three_lines(stopped.stderr, "interrupted", str(out), "the same command")
+    assert not (out / "config.json").exists()
+    assert_finished(source, out, reference)
+
+
+# --- the finished folder, and the journal -----------------------------------------------------------------------------
+
+
+def test_finished_folder_is_left_alone(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_finished(source, out, reference)
+    before = stamps(out)
+    again = finish(source, out)
+    assert (again.returncode, stamps(out)) == (0, before)
+    assert "finished already" in again.stdout
+    assert json.loads(finish(source, out, "--json").stdout)["already_done"] is True
+
+
+@pytest.mark.parametrize("cut", [-7, 30], ids=["last line", "first line"])
+def test_torn_journal(cut: int, source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_at(source, out, lines(8), signal.SIGKILL)
+    journal = out / ".quantkit" / "journal"
+    journal.write_bytes(journal.read_bytes()[:cut])
+    assert_finished(source, out, reference)
+
+
+def test_another_plan_does_not_take_over(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_at(source, out, lines(4), signal.SIGKILL)
+    before = stamps(out)
+    refused = finish(source, out, "--quant-type", "fp4")
+    assert refused.returncode == 2
+    assert_three_lines(refused.stderr, "unfinished run of another plan", "--force")
+    assert stamps(out) == before
+    assert finish(source, out, "--quant-type", "fp4", "--force").returncode == 0
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
+    assert not list(out.glob("*.partial"))
+
+
+def test_two_runs_on_one_folder(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = start(source, out)
+    at(first, out, lines(2), signal.SIGSTOP)
+    try:
+        second = finish(source, out)
+        assert second.returncode == 2
+        assert_three_lines(second.stderr, "another run is writing", str(out))
+        assert finish(source, out, "--force").returncode == 2
+    finally:
+        first.send_signal(signal.SIGCONT)
+        first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert digests(out) == reference
+
+
+def test_journal_lock_of_a_run_that_just_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run unlinks its journal between our open and our lock: a lock on a file that is no more is none."""
+    opened = os.open
+
+    def open_late(path: Any, *rest: Any, **more: Any) -> int:
+        fd = opened(path, *rest, **more)
+        os.unlink(path)
+        return fd
+
+    monkeypatch.setattr("quantkit.checkpoint.journal.os.open", open_late)
+    with pytest.raises(OutputError, match="just finished"):
+        Journal(tmp_path)
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """disk("10m") mounts a tmpfs of that size, or remounts the one there is with these options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        verb = ["-o", "remount," + options] if folder.is_mount() else ["-t", "tmpfs", "-o", options]
+        done = subprocess.run(["mount", *verb, "tmpfs", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+        return folder
+
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount program")
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def size(source: Path, reference: dict[str, str]) -> int:
+    """Bytes of the finished folder."""
+    plan = subprocess.run(
+        [sys.executable, "-m", "quantkit", "plan", str(source), *OPTIONS, "--json"], capture_output=True, check=True
+    )
+    return int(json.loads(plan.stdout)["disk_bytes"])
+
+
+def test_disk_too_small(disk: Callable[[str], Path], size: int, source: Path, reference: dict[str, str]) -> None:
+    out = disk(f"size={size // 2}") / "out"
+    full = finish(source, out)
+    assert full.returncode == 1
+    assert_three_lines(full.stderr, "No space left", "free some space", str(out))
+    assert journal_lines(out) == 1, "no work is done in vain: the space is asked for first"
+    assert not [p for p in out.iterdir() if p.name.endswith((".safetensors", ".json"))]
+    disk(f"size={size + (4 << 20)}")
+    assert_finished(source, out, reference)
+
+
+@pytest.mark.parametrize("spare", [2 << 20, 0], ids=["room for small files", "no room at all"])
+def test_disk_fills_up_under_way(
+    spare: int, disk: Callable[[str], Path], size: int, source: Path, reference: dict[str, str]
+) -> None:
+    """The weights have their space from the start. Journal, manifest and card do not: for them the run stops, and
+    resumes."""
+    folder = disk(f"size={size + (16 << 20)}")
+    out = folder / "out"
+    process = start(source, out)
+    at(process, out, lines(2), signal.SIGSTOP)
+    free = os.statvfs(folder)
+    with (folder / "somebody else's").open("wb") as f:
+        os.posix_fallocate(f.fileno(), 0, free.f_bavail * free.f_frsize - spare)
+    process.send_signal(signal.SIGCONT)
+    _, stderr = process.communicate(timeout=60)
+    if spare:
+        assert process.returncode == 0, stderr
+    else:
+        assert process.returncode == 1
+        assert_three_lines(stderr, "No space left", "free some space")
+        assert not (out / "config.json").exists()
+        os.unlink(folder / "somebody else's")
+        assert_finished(source, out, reference)
+    assert digests(out) == reference
+
+
+def test_read_only_disk(disk: Callable[[str], Path], source: Path, reference: dict[str, str]) -> None:
+    folder = disk("size=200m")
+    stop_at(source, folder / "begun", lines(3), signal.SIGKILL)
+    disk("ro")
+    for out in (folder / "new", folder / "begun"):
+        refused = finish(source, out)
+        assert refused.returncode == 2
+        assert_three_lines(refused.stderr, "cannot be written: Read-only file system", str(out))
+    disk("rw")
+    assert_finished(source, folder / "begun", reference)
+
+
+# --- the source -------------------------------------------------------------------------------------------------------
+
+
+def truncate(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def modify(shard: Path) -> None:
+    with shard.open("r+b") as f:
+        f.seek(-4, os.SEEK_END)
+        f.write(b"\0\0\0\0")
+
+
+def replace(shard: Path) -> None:
+    other = shard.with_name("download.tmp")
+    shutil.copyfile(shard, other)
+    os.replace(other, shard)
+
+
+@pytest.fixture
+def own_source(source: Path, tmp_path: Path) -> Path:
+    """A copy under the same name, so that it has the same plan, to do harm to."""
+    folder = tmp_path / "copy" / source.name
+    shutil.copytree(source, folder)
+    return folder
+
+
+@pytest.mark.parametrize("harm", [truncate, modify, replace])
+def test_source_changes_under_way(harm: Callable[[Path], None], own_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(own_source, out)
+    at(process, out, lines(1), signal.SIGSTOP)
+    shard = max(own_source.glob("*.safetensors"))
+    harm(shard)
+    process.send_signal(signal.SIGCONT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert_three_lines(stderr, f"{shard.name} changed while it was being read", str(own_source), "--force")
+    assert not (out / "config.json").exists()
+    again = finish(own_source, out)
+    assert again.returncode == 2
+    assert not (out / "config.json").exists()
+
+
+def test_source_changed_before_resuming(own_source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop_at(own_source, out, lines(10), signal.SIGKILL)
+    os.utime(min(own_source.glob("*.safetensors")))
+    refused = finish(own_source, out)
+    assert refused.returncode == 2
+    assert_three_lines(refused.stderr, "the source changed", str(own_source), "--force")
+    restarted = finish(own_source, out, "--force", "--json")
+    assert json.loads(restarted.stdout)["reused"] == 0
+    assert digests(out) == reference
