@@ -14,8 +14,8 @@ from quantkit.errors import SourceError, UsageError, VerifyError
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, open_checkpoint
-from quantkit.plan import Plan
 from quantkit.planner import make_plan
+from quantkit.plans import Plan
 from quantkit.publication import FORMAT, render_from_manifest
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.runner import Outcome, execute

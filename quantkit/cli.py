@@ -17,7 +17,7 @@ from quantkit.errors import Interrupted, QuantkitError, UsageError, VerifyError
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.plan import Plan
+    from quantkit.plans import Plan
     from quantkit.recipe import Recipe
     from quantkit.runner import Outcome
 
@@ -265,7 +265,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         console.error(usage)
         sys.exit(usage.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        interrupted = Interrupted("interrupted", hint="the same command takes up where it stopped")
+        interrupted = Interrupted(
+            "interrupted", where="before anything was written", hint="the same command takes up where it stopped"
+        )
         console.error(interrupted)
         sys.exit(interrupted.exit_code)
     sys.exit(0)

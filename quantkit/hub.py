@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from quantkit.errors import SourceError
-from quantkit.plan import Origin
+from quantkit.plans import Origin
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
 _SNAPSHOT = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<sha>[0-9a-f]{40})")

@@ -11,7 +11,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import PARTIAL
 from quantkit.errors import OutputError, SourceError
 from quantkit.layouts import Checkpoint
-from quantkit.plan import WEIGHTS, Plan
+from quantkit.plans import WEIGHTS, Plan
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
@@ -26,6 +26,8 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     finished = _finished_hash(out)
     unfinished = (out / FOLDER / "journal").exists()
     if finished == plan.hash and not unfinished and not force:
+        with suppress(OSError):  # a crash at the very last step may have left the journal's folder, empty
+            (out / FOLDER).rmdir()
         return None
     if names and not unfinished and not force:
         what = "holds the result of another plan" if finished else f"is not empty ({', '.join(names[:3])})"

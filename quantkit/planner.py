@@ -17,8 +17,8 @@ from quantkit.layouts.hf import SAFETENSORS_INDEX, index_text
 from quantkit.memory import plan_memory
 from quantkit.methods.base import WeightSpec
 from quantkit.patterns import select
-from quantkit.plan import CARD, CONFIG, COPY, INDEX, MANIFEST, WEIGHTS, Origin, Plan, PlannedFile, Shard, Unit, digest
-from quantkit.plan import spec_key as key
+from quantkit.plans import CARD, CONFIG, COPY, INDEX, MANIFEST, WEIGHTS, Origin, Plan, PlannedFile, Shard, Unit, digest
+from quantkit.plans import spec_key as key
 from quantkit.publication import Measured, draft_manifest, finish_manifest, manifest_text, render_from_manifest
 from quantkit.recipe import Recipe
 from quantkit.version import __version__
@@ -194,8 +194,8 @@ def _warnings(units: Sequence[Unit], recipe: Recipe, reader: str, stripped: Sequ
     if odd and recipe.quantize.bits == 4:
         warnings.append(
             f"{len(odd)} layers have a width that 64 does not divide, or a height that 32 does not ({odd[0].name}): on "
-            "CPUs with AVX-512, bitsandbytes 0.50 fails on them or computes wrong numbers; load with quantkit.load there, "
-            "or use a GPU"
+            "CPUs with AVX-512, bitsandbytes 0.50 fails on them or computes wrong numbers; load with quantkit.load "
+            "there, or use a GPU"
         )
     if "auto_map" in stripped:
         warnings.append("auto_map was taken out of config.json: the model's own Python code is not copied and not run")

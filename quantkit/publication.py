@@ -20,7 +20,7 @@ from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
 from quantkit.layouts import Checkpoint
 from quantkit.methods.base import Report
 from quantkit.parent_card import ParentCard, read_parent_card
-from quantkit.plan import CARD, MANIFEST, Plan, PlannedFile, Unit
+from quantkit.plans import CARD, MANIFEST, Plan, PlannedFile, Unit
 from quantkit.version import __version__
 
 FORMAT = 1

@@ -35,8 +35,8 @@ from quantkit.layouts.hf import CONFIG, index_text
 from quantkit.memory import HASH_BUFFER
 from quantkit.methods.base import Array, Encoder, Report
 from quantkit.output import open_output
-from quantkit.plan import CARD, COPY, INDEX, MANIFEST, Plan, Shard, Unit
 from quantkit.planner import config_text, weight_map
+from quantkit.plans import CARD, COPY, INDEX, MANIFEST, Plan, Shard, Unit
 from quantkit.publication import Measured, finish_manifest, manifest_text, render_from_manifest
 
 READ_AHEAD = 32 << 20

@@ -6,8 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import pickle
+import re
 import shutil
 import signal
 import struct

@@ -19,7 +19,7 @@ LAYERS = (
     {"runner", "verifier", "inspector", "output", "hub", "hub_repository", "hub_errors", "loading"},
     {"planner"},
     {"publication"},
-    {"plan"},
+    {"plans"},
     {"recipe"},
     {"card", "parent_card", "card_facts", "front_matter", "bnb_folder", "memory", "console"},
     {"methods", "layouts", "architectures", "derived_architecture", "patterns"},
@@ -61,8 +61,8 @@ def test_imports_point_down() -> None:
 def test_an_upward_arrow_is_seen() -> None:
     assert upward("methods", "def f():\n    from quantkit.runner import execute") == ["methods → runner"]
     assert upward("errors", "import quantkit.checkpoint.header") == ["errors → checkpoint"]
-    assert upward("plan", "from quantkit import planner, recipe") == ["plan → planner"]
-    assert upward("planner", "from quantkit.plan import Plan\nimport numpy") == []
+    assert upward("plans", "from quantkit import planner, recipe") == ["plans → planner"]
+    assert upward("planner", "from quantkit.plans import Plan\nimport numpy") == []
 
 
 def test_methods_open_no_file_and_kernels_know_no_layout() -> None:

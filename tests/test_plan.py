@@ -162,6 +162,8 @@ def test_headers_are_enough(tiny: Tiny, tmp_path: Path) -> None:
     assert headers.units == whole.units
     assert headers.shards == whole.shards
     assert headers.memory == whole.memory
+    assert headers.files == whole.files
+    assert headers.hash == whole.hash
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,9 @@ def read_weight_files(
                 )
             tensors[info.name] = info
         digest = hashlib.sha256(identity).hexdigest()
-        files.append(WeightFile(name, status.st_size, digest, _stamp(status)))
+        # A file that holds no more than its header still counts with the size that the header promises.
+        promised = max((t.offset + t.nbytes for t in infos), default=0)
+        files.append(WeightFile(name, max(status.st_size, promised), digest, _stamp(status)))
     return list(tensors.values()), files
 
 

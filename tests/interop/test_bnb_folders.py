@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -23,7 +24,6 @@ import quantkit.api as api
 from quantkit.loading import load
 from quantkit.methods import METHODS
 from quantkit.methods.base import WeightSpec
-from conftest import make_tiny
 
 Tiny = Callable[[str], Path]
 MODELS = ("llama", "mistral", "qwen2", "gpt2", "bloom")
