@@ -37,7 +37,7 @@ def derive(config: Mapping[str, Any], names: Iterable[str]) -> tuple[list[Linear
     where = f"config.json (model_type {model_type!r})"
     names = list(names)
     layers = max((v for k in LAYERS if type(v := config.get(k)) is int), default=0)
-    if layers > len(names):  # before a model of that depth is built: it may take minutes, or all memory
+    if layers > max(len(names), 512):  # before a model of that depth is built: it may take minutes, or all memory
         raise SourceError(
             f"config.json speaks of {layers:,} layers, the checkpoint has {len(names):,} tensors",
             where=where,

@@ -95,7 +95,9 @@ def quantize(name: str, weight: torch.Tensor, kind: str) -> tuple[dict[str, torc
         return written, (codes.float() * scale[:, None] / 127).to(weight.dtype)
     packed, state = bnb.quantize_4bit(weight, quant_type=kind[:3], compress_statistics=kind.endswith("nested"))
     companions = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-    return {name: packed, **companions}, bnb.dequantize_4bit(packed, state)
+    # As one long row: bitsandbytes' AVX-512 code takes wrong scales where a row does not end with a block.
+    state.shape = torch.Size((1, weight.numel()))
+    return {name: packed, **companions}, bnb.dequantize_4bit(packed, state).view(weight.shape)
 
 
 def build(
