@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantkit.checkpoint.header import DTYPE_BITS, TensorInfo
+from quantkit.checkpoint.system import cores
 from quantkit.errors import UsageError
 
 MIB = 1 << 20
@@ -67,7 +67,7 @@ def plan_memory(
     shrink until they fit; UsageError if even the smallest do not.
     """
     linears = list(linears)
-    workers = threads or len(os.sched_getaffinity(0))
+    workers = threads or cores()
     state = int(STATE_PER_WEIGHT * TENSORS_IN_FLIGHT * max((t.numel for t, _, _ in linears), default=0))
     base = (BASE if device == "cpu" else BASE_GPU) + (BASE_DERIVED if derived else 0)
     whole = max((t.nbytes for t, transposed, _ in linears if transposed), default=0)

@@ -1,11 +1,12 @@
 """Drives a Plan: reads the source once, encodes on all cores, writes every byte where it belongs, commits, resumes.
 
-    main thread    reads slab after slab in file order, hashing the source as it goes by
+    readers        read slab after slab, ahead of the rest
+    main thread    hashes them in file order and hands them on
     workers        check a slab → encode it → write it at its offset; the last of a tensor finishes it
     committer      syncs what is complete → journals it → hashes the output behind the frontier
 
-Slabs in flight are few and of one size, so memory does not grow with the model. Reading and hashing in one place is
-what makes one pass over the source enough: a second read costs as much as encoding does.
+Slabs in flight are few and of one size, so memory does not grow with the model. What is hashed is what is encoded, so
+one pass over the source is enough: a second read would cost as much as encoding does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorInfo, fsync_directory
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.reader import SourceFiles
+from quantkit.checkpoint.system import PAGE, page_buffer
 from quantkit.checkpoint.writer import FileLayout, ShardWriter, TrailingHash, copy_file, write_file
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, RunError, SourceError
@@ -39,7 +41,7 @@ from quantkit.planner import config_text, weight_map
 from quantkit.plans import CARD, COPY, INDEX, MANIFEST, Plan, Shard, Unit
 from quantkit.publication import Measured, finish_manifest, manifest_text, render_from_manifest
 
-READ_AHEAD = 32 << 20
+READERS = 2  # so that the disk always has a request to work on
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,14 @@ def _peak_rss() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+_Slab = tuple[Array, int, Array, Array]  # elements, offset in the file, the same as bytes, the buffer
+
+
 class _Open:
     """A unit whose slabs are under way."""
 
     def __init__(self, unit: Unit, encoder: Encoder | None, slabs: int) -> None:
         self.unit, self.encoder = unit, encoder
-        self.started = time.monotonic()
         self._left, self._nonfinite = slabs, 0
         self._lock = threading.Lock()
 
@@ -133,25 +137,38 @@ class _Run:
 
     def run(self) -> Measured:
         total = sum(u.source.nbytes for u in self.pending)
-        workers = self.plan.memory.threads
-        # Each slab in flight owns a buffer. Reusing them matters: the kernel zeroes fresh memory page by page.
-        free = [np.empty(0, np.uint8) for _ in range(self.plan.memory.in_flight)]
+        # Each slab owns a buffer. Reusing them matters: the kernel zeroes fresh memory page by page.
+        count = self.plan.memory.in_flight
+        free = [page_buffer(0) for _ in range(count)]
+        ahead: deque[tuple[_Open, int, Future[_Slab]]] = deque()
         in_flight: deque[tuple[_Open, Future[bool], Array]] = deque()
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="slab")
+        readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        workers = ThreadPoolExecutor(self.plan.memory.threads, thread_name_prefix="slab")
+        slabs = self._slabs()
         self.committer.start()
         try:
             with self.console.progress(total) as progress:
-                for state, start, count in self._slabs():
-                    if not free:
+                while True:
+                    while free and (slab := next(slabs, None)) is not None:
+                        state, start, n = slab
+                        ahead.append(
+                            (state, start, readers.submit(self._read, state.unit.source, start, n, free.pop()))
+                        )
+                    if not ahead and not in_flight:
+                        break
+                    if ahead:
+                        state, start, reading = ahead.popleft()
+                        x, offset, raw, buffer = reading.result()
+                        self.hashes.feed(state.unit.source.file, offset, raw)
+                        in_flight.append((state, workers.submit(self._slab, state, start, x), buffer))
+                    # Half of the buffers are for slabs read ahead, half for those being encoded.
+                    if len(in_flight) > count // 2 or not ahead:
                         free.append(self._reap(in_flight, progress))
-                    x, buffer = self._read(state.unit.source, start, count, free.pop())
-                    in_flight.append((state, pool.submit(self._slab, state, start, x), buffer))
-                while in_flight:
-                    self._reap(in_flight, progress)
             outputs = self.committer.finish()
             sources = self.hashes.finish()
         finally:
-            pool.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
+            workers.shutdown(cancel_futures=True)
             self.committer.stop()
         return Measured({u.name: self.reports[u.name] for u in self.plan.encoded}, outputs, sources)
 
@@ -159,7 +176,8 @@ class _Run:
         """(unit, first element, number of elements) of every slab to do, in file order."""
         method, params = self.plan.recipe.quantize.implementation, self.plan.recipe.quantize.params
         for unit in self.pending:
-            size = max(1, self.plan.memory.slab * 8 // DTYPE_BITS[unit.source.dtype])
+            # A multiple of 8 elements begins and ends at a byte, whatever the dtype.
+            size = max(8, self.plan.memory.slab // DTYPE_BITS[unit.source.dtype] * 8)
             encoder = None
             if unit.weight is not None and unit.linear is not None:
                 encoder = method.encoder(unit.weight, params, self.plan.recipe.resources.device)
@@ -170,17 +188,19 @@ class _Run:
             for start in starts:
                 yield state, start, min(size, unit.source.numel - start)
 
-    def _read(self, source: TensorInfo, start: int, count: int, buffer: Array) -> tuple[Array, Array]:
-        """Elements as bit patterns, and the buffer that they lie in. Types that are not floats come as bytes."""
+    def _read(self, source: TensorInfo, start: int, count: int, buffer: Array) -> _Slab:
+        """Elements as bit patterns, where they lie in the file and as bytes, and the buffer that holds them. Types that
+        are not floats come as bytes."""
         bits = DTYPE_BITS[source.dtype]
         offset, nbytes = source.offset + start * bits // 8, count * bits // 8
-        if buffer.size < nbytes:
-            buffer = np.empty(nbytes, np.uint8)
-        raw = buffer[:nbytes]
-        self.files.will_read(source.file, offset + nbytes, READ_AHEAD)
-        self.files.read_into(raw, source.file, offset)
-        self.hashes.feed(source.file, offset, raw)
-        return (raw.view(f"u{bits // 8}") if source.dtype in FLOATS else raw), buffer
+        if buffer.size < nbytes + 2 * PAGE:
+            buffer = page_buffer(nbytes)
+        raw = self.files.read_aside(buffer, source.file, offset, nbytes)
+        if source.dtype not in FLOATS:
+            return raw, offset, raw, buffer
+        # A header of odd length leaves every tensor askew in memory; kernels want them aligned.
+        aligned = raw if raw.ctypes.data % (bits // 8) == 0 else raw.copy()
+        return aligned.view(f"u{bits // 8}"), offset, raw, buffer
 
     def _slab(self, state: _Open, start: int, x: Array) -> bool:
         """Checks, encodes and writes one slab, in a worker. Finishes the unit with its last one, and says so."""
@@ -302,14 +322,16 @@ class _Frontier:
     """How far one shard is complete from its start, and the hash that follows."""
 
     def __init__(self, shard: Shard, writer: ShardWriter, outputs: dict[str, str], buffer: memoryview) -> None:
-        self.shard, self.outputs = shard, outputs
+        self.shard, self.outputs, self.writer = shard, outputs, writer
         self.waiting = deque(shard.tensors)
         self.hash = TrailingHash(partial(writer.read_into, shard.name), shard.nbytes, buffer)
 
     def advance(self, done: set[str]) -> None:
         while self.waiting and self.outputs[self.waiting[0].name] in done:
             self.waiting.popleft()
+        before = self.hash.position
         self.hash.advance(self.waiting[0].offset if self.waiting else self.shard.nbytes)
+        self.writer.forget(self.shard.name, before, self.hash.position)
 
 
 class _SourceHashes:

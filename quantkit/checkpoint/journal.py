@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
 from quantkit.errors import OutputError
 
@@ -74,7 +75,7 @@ class Journal:
             with self._lock:
                 while view:
                     view = view[os.write(self._fd, view) :]
-                os.fdatasync(self._fd)
+                sync_data(self._fd)
         except OSError as e:
             raise write_error(e, self.path) from None
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint.header import TensorInfo, quote, read_header, strict_json
+from quantkit.checkpoint.system import DIRECT, PAGE
 from quantkit.checkpoint.torch_zip import read_torch_zip
 from quantkit.errors import RunError, SourceError
 
@@ -131,30 +133,51 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 
 class SourceFiles:
-    """Open descriptors of the weight files, for reading runs of bytes from any thread."""
+    """Open descriptors of the weight files, for reading runs of bytes from any thread.
+
+    A large file that is read once gains nothing from the page cache, and filling it costs more processor time than
+    hashing what is read: `read_aside` goes past it (O_DIRECT) wherever the filesystem allows that.
+    """
 
     def __init__(self, folder: Path, files: Iterable[WeightFile]) -> None:
         self.folder = folder
         self.files = {f.name: f for f in files}
         self._fds: dict[str, int] = {}
+        self._direct: dict[str, int] = {}
 
     def __enter__(self) -> SourceFiles:
         try:
             for name in self.files:
-                self._fds[name] = os.open(safe_path(self.folder, name), os.O_RDONLY | os.O_CLOEXEC)
+                path = safe_path(self.folder, name)
+                self._fds[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                with suppress(OSError):
+                    if DIRECT:
+                        self._direct[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | DIRECT)
         except OSError as e:
             self.__exit__()
             raise RunError(f"{name} cannot be opened: {e.strerror}", where=str(self.folder)) from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._fds.values():
+        for fd in (*self._fds.values(), *self._direct.values()):
             os.close(fd)
         self._fds.clear()
+        self._direct.clear()
 
-    def will_read(self, file: str, offset: int, nbytes: int) -> None:
-        """Tells the kernel what comes next, so that the disk works while we do."""
-        os.posix_fadvise(self._fds[file], offset, nbytes, os.POSIX_FADV_WILLNEED)
+    def read_aside(self, buffer: npt.NDArray[np.uint8], file: str, offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The bytes at `offset` as a part of `buffer`, which `page_buffer(nbytes)` made. RunError as `read_into`."""
+        first = offset // PAGE * PAGE
+        lead, end = offset - first, offset - first + nbytes
+        got = 0
+        if file in self._direct:
+            try:
+                got = os.preadv(self._direct[file], [buffer[: -(-end // PAGE) * PAGE].data], first)
+            except OSError:  # opened so, but not read so: some filesystems find out late
+                got = 0
+        # The rest, or all of it: what ends with the file or what the filesystem would not give directly.
+        start = max(lead, min(got, end))
+        self.read_into(buffer[start:end], file, first + start)
+        return buffer[lead:end]
 
     def read_into(self, buffer: npt.NDArray[np.uint8], file: str, offset: int) -> None:
         """Fills `buffer` (uint8) with the bytes at `offset`; RunError if the file has become shorter."""

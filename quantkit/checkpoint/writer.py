@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint.header import fsync_directory
+from quantkit.checkpoint.system import sync_data
 from quantkit.errors import RunError
 
 PARTIAL = ".partial"
@@ -86,10 +87,15 @@ class ShardWriter:
     def read_into(self, file: str, offset: int, buffer: memoryview) -> int:
         return os.preadv(self._fds[file], [buffer], offset)
 
+    def forget(self, file: str, start: int, end: int) -> None:
+        """Lets go of what is on disk and will not be read again: the kernel then has pages at hand for what comes."""
+        if hasattr(os, "posix_fadvise") and end > start:
+            os.posix_fadvise(self._fds[file], start, end - start, os.POSIX_FADV_DONTNEED)
+
     def sync(self, files: Iterable[str]) -> None:
         for name in files:
             try:
-                os.fdatasync(self._fds[name])
+                sync_data(self._fds[name])
             except OSError as e:
                 raise write_error(e, self.folder / name) from None
 
@@ -110,7 +116,10 @@ class ShardWriter:
 
 def _reserve(fd: int, nbytes: int) -> None:
     try:
-        os.posix_fallocate(fd, 0, nbytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, nbytes)
+        else:
+            os.ftruncate(fd, nbytes)
     except OSError as e:
         if e.errno in NO_SPACE:  # other codes mean that the filesystem cannot reserve
             raise
