@@ -8,8 +8,8 @@ floor: `dd` reading the source, then `dd` writing as many bytes as quantkit writ
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -67,7 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=HERE.parent / ".demo" / "bench", help="where the files go")
     parser.add_argument("--runs", type=int, default=3, help="runs of quantkit and of dd; the median counts")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=32, help="8 make a checkpoint of 4 GB")
+    parser.add_argument("--no-peer", action="store_true", help="quantkit and dd only")
     arguments = parser.parse_args()
     source, ours, theirs = (arguments.data / n for n in (f"7b-{arguments.layers}", "ours", "theirs"))
     if not source.exists():
@@ -82,17 +83,25 @@ def main() -> None:
     nbytes = sum(p.stat().st_size for p in ours.iterdir())
     floors = [floor(source, arguments.data / "dd", nbytes) for _ in range(arguments.runs)]
     shutil.rmtree(arguments.data / "dd")
-    peer_seconds, peer_rss = measure([sys.executable, "-c", PEER, str(source), str(theirs)], source, theirs)
-    shutil.rmtree(theirs)
     seconds, rss = (statistics.median(x) for x in zip(*results, strict=True))
     bottom = statistics.median(floors)
+    planned = subprocess.run([*run[:3], "plan", str(source), "--json"], check=True, stdout=subprocess.PIPE).stdout
+    peak = json.loads(planned)["memory"]["peak"] / 1e9
+    if max(r for _, r in results) > peak:
+        sys.exit(f"the plan was broken: {max(r for _, r in results):.2f} GB of RAM, {peak:.2f} GB planned")
     print("| | seconds | peak RSS | ratio |")
     print("|---|--:|--:|--:|")
-    print(f"| transformers + bitsandbytes | {peer_seconds:.1f} | {peer_rss:.2f} GB | {peer_seconds / seconds:.1f} |")
+    if not arguments.no_peer:
+        peer_seconds, peer_rss = measure([sys.executable, "-c", PEER, str(source), str(theirs)], source, theirs)
+        shutil.rmtree(theirs)
+        print(
+            f"| transformers + bitsandbytes | {peer_seconds:.1f} | {peer_rss:.2f} GB | {peer_seconds / seconds:.1f} |"
+        )
     spread = f"{min(s for s, _ in results):.1f}–{max(s for s, _ in results):.1f}"
     print(f"| **quantkit** (median of {arguments.runs}, {spread}) | {seconds:.1f} | {rss:.2f} GB | 1 |")
     print(f"| dd: read the source, write the output | {bottom:.1f} | | {bottom / seconds:.2f} |")
-    print(f"\n{os.cpu_count()} cores, parent peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB")
+    read = sum(p.stat().st_size for p in source.iterdir())
+    print(f"\n{read / 1e9:.2f} GB → {nbytes / 1e9:.2f} GB on {os.cpu_count()} cores; planned peak {peak:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def draft_manifest(
         "quantkit": __version__,
         "plan_hash": plan.hash,
         "recipe": plan.recipe.canonical(),
-        "recipe_yaml": plan.recipe.to_yaml(),
+        "recipe_yaml": plan.recipe.to_yaml(plan.origin.name, plan.origin.revision),
         "source": {
             "name": plan.origin.name,
             "base_model": plan.recipe.card.base_model or plan.origin.base_model,

@@ -99,9 +99,9 @@ class Recipe(_Block):
             "device": self.resources.device,
         }
 
-    def to_yaml(self) -> str:
-        """A recipe file that reproduces this run; the source by name, no path of this machine."""
-        table = self.canonical()
+    def to_yaml(self, source: str, revision: str | None) -> str:
+        """A recipe file that reproduces this run: the source by the name given, no path of this machine."""
+        table = {"source": source, **({"revision": revision} if revision else {}), **self.canonical()}
         device = table.pop("device")
         if device != "cpu":
             table["resources"] = {"device": device}
