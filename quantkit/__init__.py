@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.api import inspect, quantize, verify
+    from quantkit.api import inspect, plan, quantize, verify
     from quantkit.loading import load
 
 __all__ = ["__version__", "inspect", "load", "plan", "quantize", "verify"]

@@ -253,11 +253,6 @@ def skip_modules(architecture: Architecture, config: Mapping[str, Any]) -> tuple
     return ((embedding,) if is_tied(architecture, config) else ()) + architecture.heads
 
 
-def reader_warnings(architecture: Architecture) -> tuple[str, ...]:
-    """What whoever publishes a bitsandbytes folder of this architecture should say of its readers."""
-    return (architecture.warning,) if architecture.warning else ()
-
-
 @dataclass(frozen=True, slots=True)
 class _Place:
     pattern: str  # a key of the row: below the block, or below the prefix

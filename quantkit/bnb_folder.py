@@ -14,8 +14,9 @@ from pathlib import Path
 from quantkit.checkpoint.header import FLOATS, TensorInfo
 from quantkit.checkpoint.reader import read_json, read_weight_files
 from quantkit.errors import SourceError
+from quantkit.layouts.hf import SAFETENSORS_INDEX
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 COMPANION = re.compile(
     r"(?P<linear>.+)\.(?P<part>SCB|weight_format"
     r"|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4)))"
@@ -40,9 +41,9 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     read_json(folder / "config.json")
     if (folder / SINGLE).is_file():
         return {info.name: info for info in read_weight_files(folder, [SINGLE])[0]}
-    index = read_json(folder / INDEX).get("weight_map")
+    index = read_json(folder / SAFETENSORS_INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(str(shard).endswith(".safetensors") for shard in index.values()):
-        raise bad_folder(folder / INDEX, "weight_map does not lead from tensors to safetensors files")
+        raise bad_folder(folder / SAFETENSORS_INDEX, "weight_map does not lead from tensors to safetensors files")
     # transformers would follow `../`; read_weight_files takes plain file names only.
     shards = sorted({str(shard) for shard in index.values()})
     tensors = {info.name: info for info in read_weight_files(folder, shards)[0]}

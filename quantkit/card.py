@@ -53,11 +53,7 @@ FLOORS = {"transformers": "5.0", "torch": "2.6", "accelerate": "1.1", "bitsandby
 PAPERS = {
     "nf4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
     "fp4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
-    "llm.int8": ("LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "2208.07339"),
     "int8": ("LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "2208.07339"),
-    "gptq": ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", "2210.17323"),
-    "wanda": ("A Simple and Effective Pruning Approach for Large Language Models", "2306.11695"),
-    "sparsegpt": ("SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "2301.00774"),
 }
 
 

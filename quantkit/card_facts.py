@@ -68,4 +68,3 @@ class CardFacts:
     recipe_yaml: str
     versions: tuple[tuple[str, str], ...]
     plan_hash: str
-    evaluation: None = None

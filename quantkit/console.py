@@ -82,10 +82,6 @@ class Console:
         """The command's result: `text` for people, `data` with --json."""
         print(json.dumps(data) if self.json else "\n".join(map(printable, text.split("\n"))), flush=True)
 
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            print(printable(text), file=sys.stderr, flush=True)
-
     def warn(self, text: str) -> None:
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 

@@ -18,7 +18,6 @@ from quantkit.memory import plan_memory
 from quantkit.methods.base import WeightSpec
 from quantkit.patterns import select
 from quantkit.plans import CARD, CONFIG, COPY, INDEX, MANIFEST, WEIGHTS, Origin, Plan, PlannedFile, Shard, Unit, digest
-from quantkit.plans import spec_key as key
 from quantkit.publication import Measured, draft_manifest, finish_manifest, manifest_text, render_from_manifest
 from quantkit.recipe import Recipe
 from quantkit.version import __version__
@@ -134,7 +133,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
             "side_files": checkpoint.side_files,
             "config": config,
             "card": digest(checkpoint.parent_card),
-            "tensors": [[key(t), t.file, t.offset] for u in units for t in u.outputs],
+            "tensors": [[[t.name, t.dtype, list(t.shape)], t.file, t.offset] for u in units for t in u.outputs],
         }
     )
     plan = Plan(recipe, origin, name, identity, tuple(units), shards, (), config, memory, tuple(warnings), {})

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.architectures import Linear
-from quantkit.checkpoint.header import TensorInfo, TensorSpec
+from quantkit.checkpoint.header import TensorInfo
 from quantkit.memory import MemoryPlan
 from quantkit.methods.base import WeightSpec
 from quantkit.recipe import Recipe
@@ -134,7 +134,3 @@ def digest(value: Any) -> str:
     """SHA-256 of plain data in one canonical spelling."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def spec_key(spec: TensorSpec) -> list[Any]:
-    return [spec.name, spec.dtype, list(spec.shape)]

@@ -199,7 +199,6 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
         recipe_yaml=manifest["recipe_yaml"],
         versions=(("quantkit", manifest["quantkit"]), *manifest["versions"].items()),
         plan_hash=manifest["plan_hash"],
-        evaluation=None,
     )
     return render_card(facts)
 

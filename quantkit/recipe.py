@@ -45,7 +45,7 @@ class _Block(BaseModel):
 
 
 class Quantize(_Block):
-    """`quantize:` — which method, and which modules it leaves alone. `params` holds the method's own keys."""
+    """`quantize:`, which method, and which modules it leaves alone. `params` holds the method's own keys."""
 
     method: str = "bnb"
     bits: int = 4
@@ -58,7 +58,7 @@ class Quantize(_Block):
 
 
 class Card(_Block):
-    """`card:` — what only the publisher knows."""
+    """`card:`, what only the publisher knows."""
 
     base_model: str | None = None
     license: str | None = None
@@ -66,7 +66,7 @@ class Card(_Block):
 
 
 class Resources(_Block):
-    """`resources:` — how to run. Only `device` can change the output: a GPU rounds a few weights in a million apart."""
+    """`resources:`, how to run. Only `device` can change the output: a GPU rounds a few weights in a million apart."""
 
     device: str = "cpu"
     threads: int | None = Field(None, ge=1, le=256)

@@ -17,12 +17,12 @@ from quantkit.kernels.bnb4_tables import (
     ORDERS,
     TABLES,
     ZERO_CODE,
+    F32Array,
     dynamic_map,
     thresholds,
 )
 from quantkit.kernels.floats import KIND, Bits, widen
 
-F32Array = npt.NDArray[np.float32]
 F64Array = npt.NDArray[np.float64]
 U8Array = npt.NDArray[np.uint8]
 

@@ -40,7 +40,6 @@ class BnbInt8Encoder:
         self.scale = np.empty(spec.rows, np.float32)
         self.squares = np.empty(-(-spec.rows // ERROR_STRIDE))
         self.errors = np.empty_like(self.squares)
-        self._device = device
 
     def main_offset(self, start: int) -> int:
         return start

@@ -155,7 +155,7 @@ def test_linears_are_those_that_transformers_quantizes(save: Any, case: str) -> 
     # Every matrix is a linear, an embedding, a head or a router: nothing is forgotten.
     kept = {name for name, shape in saved.shapes.items() if len(shape) == 2} - {f"{m.module}.weight" for m in found}
     assert all(any(word in name for word in ("embed", "wte", "wpe", "lm_head", ".gate.", "_norm.")) for name in kept)
-    assert bool(extras) == bool(table.reader_warnings(saved.row))
+    assert bool(extras) == bool(saved.row.warning)
 
 
 def loaded(saved: Saved, skip: list[str] | None) -> set[str]:
