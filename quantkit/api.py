@@ -72,13 +72,11 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UsageError(f"{device!r} is not a device", hint="use --device cpu or --device cuda") from None
-    if kind != "cuda" or not torch.cuda.is_available():
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
         raise UsageError(
             f"no {device} device is usable here", hint="use --device cpu, or install a CUDA build of torch"
-        )
+        ) from None
 
 
 def verify(
@@ -115,7 +113,7 @@ def rewrite_card(folder: str | Path) -> Path:
         raise SourceError(f"quantkit.json has format {manifest.get('format')!r}, this version knows {FORMAT}")
     try:
         text = render_from_manifest(manifest, config)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise VerifyError(f"quantkit.json is damaged: {e!r}", where=str(folder / "quantkit.json")) from None
     write_file(folder / "README.md", text.encode())
     return folder / "README.md"

@@ -93,7 +93,7 @@ def _fault_4bit(folder: Path, parts: Parts) -> str:
         wanted = {"weight": math.ceil(rows * columns / 2), "weight.absmax": blocks if nested else blocks * 4}
         if nested:
             wanted["weight.nested_absmax"] = math.ceil(blocks / state["nested_blocksize"]) * 4
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as e:
         return f"its quant_state is not readable ({type(e).__name__})"
     wrong = {part for part, nbytes in wanted.items() if parts[part].nbytes != nbytes}
     return f"not of the size that its quant_state says: {sorted(wrong)}" if wrong else ""

@@ -13,13 +13,11 @@ from typing import Any
 
 from quantkit.architectures import Linear
 from quantkit.errors import SourceError
+from quantkit.layouts.hf import STRIPPED
 
 # Keys through which a config.json could make transformers run or fetch something else than its own modules, or build
 # them already quantized.
-_NOT_OURS = (
-    "auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation",
-    "_experts_implementation", "_name_or_path", "model_type", "transformers_version",
-)  # fmt: skip
+_NOT_OURS = (*STRIPPED, "quantization_config", "model_type", "transformers_version")
 
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")

@@ -39,7 +39,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.\-]*")
 # In the order in which `open_checkpoint` looks: what is fetched is what will be read.
 _WEIGHT_SETS = (SAFETENSORS_INDEX, "model.safetensors", TORCH_INDEX, "pytorch_model.bin")
-_CODE = (".py", ".pth")
 
 
 def obtain(source: str, revision: str | None, *, weights: bool, quiet: bool) -> tuple[Path, str]:
@@ -107,7 +106,7 @@ class Repository:
     def fetch_small(self, revision: str | None, *, quiet: bool) -> Path:
         """Fetches config, index, card and what travels with the weights. Returns the snapshot's folder."""
         chosen = next(n for n in _WEIGHT_SETS if n in self.sizes)
-        names = [n for n in self.sizes if n == CARD or (SIDE_FILES.fullmatch(n) and not n.endswith(_CODE))]
+        names = [n for n in self.sizes if n == CARD or SIDE_FILES.fullmatch(n)]
         names += [chosen] if chosen.endswith(".json") else []
         for name in (CONFIG, *names):
             if (self.sizes[name] or 0) > MAX_SIDE_FILE:

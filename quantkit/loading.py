@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.bnb_folder import COMPANION, Parts, bad_folder, quantized_linears, read_headers, refuse
 from quantkit.checkpoint.header import TensorInfo
+from quantkit.checkpoint.reader import read_json
 from quantkit.errors import SourceError, UsageError
+from quantkit.layouts.hf import code_keys
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +52,11 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | 
     if not isinstance(wanted, torch.dtype) and dtype is not None:
         raise UsageError(f"dtype {dtype!r} is not a torch dtype", hint="`bfloat16`, `float16` or `float32`")
     path = Path(folder)
+    if code := code_keys(read_json(path / "config.json")):
+        raise SourceError(
+            f"config.json names code to run or to fetch: {', '.join(code)}", where=str(path / "config.json"),
+            hint="quantkit writes no such keys; take them out, if you trust the rest",
+        )  # fmt: skip
     tensors = read_headers(path)
     quantized = quantized_linears(path, tensors)
     model, quantizer = _empty_model(path, wanted)

@@ -65,6 +65,7 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
                 )  # fmt: skip
             return journal
         if force:
+            journal.start({})  # first: no journal outlives the data that it vouches for
             _clear(out, ours)
         journal.start(head)
     except BaseException:

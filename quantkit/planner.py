@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from quantkit import architectures
 from quantkit.architectures import Linear
 from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header, quote
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, UsageError
 from quantkit.layouts import Checkpoint
 from quantkit.layouts.hf import SAFETENSORS_INDEX, index_text
 from quantkit.memory import plan_memory
@@ -109,13 +109,18 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
     shards, units = _shard(units, recipe.shard_size)
     config, stripped = checkpoint.output_config()
     method = recipe.quantize.implementation
+    if recipe.resources.device.partition(":")[0] not in method.devices:
+        raise UsageError(
+            f"{method.name} with {method.bits} bits does not encode on {recipe.resources.device!r}",
+            hint=f"use --device {' or '.join(method.devices)}",
+        )
     compute = next(u.weight.dtype for u in units if u.weight is not None)
     config["quantization_config"] = method.config(recipe.quantize.params, compute, skipped)
     warnings = _warnings(units, recipe, warning, stripped)
     memory = plan_memory(
         (
             (u.source, u.linear.transposed, method.granule(u.weight))
-            for u in _largest(units)
+            for u in units
             if u.linear is not None and u.weight is not None
         ),
         tensors=sum(len(u.outputs) for u in units),
@@ -180,11 +185,6 @@ def _shard(units: list[Unit], shard_size: int) -> tuple[tuple[Shard, ...], list[
         shards.append(Shard(name, header, end, tuple(at.values())))
         placed += [replace(u, outputs=tuple(at[t.name] for t in u.outputs)) for u in group]
     return tuple(shards), placed
-
-
-def _largest(units: Iterable[Unit]) -> list[Unit]:
-    """One unit per distinct shape: what the memory model needs to look at."""
-    return list({(u.source.shape, u.linear and u.linear.transposed): u for u in units}.values())
 
 
 def _warnings(units: Sequence[Unit], recipe: Recipe, reader: str, stripped: Sequence[str]) -> list[str]:

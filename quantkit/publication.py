@@ -208,7 +208,7 @@ def _command(manifest: Mapping[str, Any]) -> str:
     recipe, source = manifest["recipe"], manifest["source"]
     quantize = recipe["quantize"]
     words = ["quantkit", "quantize", source["name"], "-o", "OUT", "--bits", str(quantize["bits"])]
-    if source["revision"] and source["base_model"] == source["name"]:
+    if source["revision"]:
         words += ["--revision", source["revision"]]
     if quantize.get("quant_type", "nf4") != "nf4":
         words += ["--quant-type", quantize["quant_type"]]

@@ -11,6 +11,7 @@ one pass over the source is enough: a second read would cost as much as encoding
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import queue
 import resource
@@ -29,7 +30,7 @@ from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorInfo, fsync_dir
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.system import PAGE, page_buffer
-from quantkit.checkpoint.writer import FileLayout, ShardWriter, TrailingHash, copy_file, write_file
+from quantkit.checkpoint.writer import FileLayout, ShardWriter, TrailingHash, copy_file, write_error, write_file
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, RunError, SourceError
 from quantkit.layouts import Checkpoint
@@ -68,6 +69,8 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         sources = {str(e["source"]): str(e["sha256"]) for e in journal.entries if "source" in e}
         layouts = [FileLayout(s.name, s.header, s.nbytes) for s in plan.shards]
         writer = ShardWriter(out, layouts)
+        lost = {u.name for u in plan.units if any(t.file in writer.fresh for t in u.outputs)}
+        done = {name: report for name, report in done.items() if name not in lost}
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
                 measured = _Run(plan, files, writer, journal, console, done, sources).run()
@@ -78,9 +81,12 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         _publish(plan, checkpoint, out, measured)
         journal.remove()
     except KeyboardInterrupt:
+        again = "the same command without --force" if force else "the same command"
         raise Interrupted(
-            "interrupted; what is finished is kept", where=str(out), hint="the same command takes up where it stopped"
+            "interrupted; what is finished is kept", where=str(out), hint=f"{again} takes up where it stopped"
         ) from None
+    except OSError as e:
+        raise write_error(e, Path(e.filename or out)) from None
     finally:
         journal.close()
     return _outcome(out, plan, started, len(done))
@@ -193,14 +199,15 @@ class _Run:
         are not floats come as bytes."""
         bits = DTYPE_BITS[source.dtype]
         offset, nbytes = source.offset + start * bits // 8, count * bits // 8
-        if buffer.size < nbytes + 2 * PAGE:
+        if buffer.size < (nbytes // PAGE + 2) * PAGE:
             buffer = page_buffer(nbytes)
         raw = self.files.read_aside(buffer, source.file, offset, nbytes)
         if source.dtype not in FLOATS:
             return raw, offset, raw, buffer
-        # A header of odd length leaves every tensor askew in memory; kernels want them aligned.
-        aligned = raw if raw.ctypes.data % (bits // 8) == 0 else raw.copy()
-        return aligned.view(f"u{bits // 8}"), offset, raw, buffer
+        if offset % (bits // 8):  # a header of odd length leaves every tensor askew; kernels want them aligned
+            ctypes.memmove(buffer.ctypes.data, raw.ctypes.data, nbytes)  # within the buffer: no copy that no plan knows
+            raw = buffer[:nbytes]
+        return raw.view(f"u{bits // 8}"), offset, raw, buffer
 
     def _slab(self, state: _Open, start: int, x: Array) -> bool:
         """Checks, encodes and writes one slab, in a worker. Finishes the unit with its last one, and says so."""

@@ -76,6 +76,7 @@ class _Check:
         self.problems: list[str] = []
         self.files = self.tensors = self.quantized = self.compared = 0
         self.errors: dict[str, float] = {}
+        self.skipped: list[str] = []
 
     def run(self, parent: Checkpoint | None, *, quick: bool) -> None:
         manifest = read_json(self.folder / "quantkit.json")
@@ -85,6 +86,7 @@ class _Check:
         try:
             quantize = build_recipe({"source": "", "quantize": manifest["recipe"]["quantize"]}).quantize
             rows = [_Row.read(row) for row in manifest["tensors"]]
+            self.skipped = list(manifest["method"]["skipped_modules"])
             listed = {str(f["name"]): (int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]}
         except (QuantkitError, KeyError, TypeError, ValueError, OverflowError) as e:
             why = e.what if isinstance(e, QuantkitError) else repr(e)
@@ -150,7 +152,10 @@ class _Check:
         if not isinstance(found, dict):
             self.problems.append("config.json: no quantization_config")
             return
-        skipped = tuple(found.get("llm_int8_skip_modules") or ())
+        listed = found.get("llm_int8_skip_modules")
+        if listed != self.skipped:
+            self.problems.append("config.json: llm_int8_skip_modules is not the manifest's")
+        skipped = tuple(listed) if isinstance(listed, list) else ()
         dtype = next((row.spec.dtype for row in rows if row.quantized), "F32")
         wanted = quantize.implementation.config(quantize.params, dtype, skipped)
         for key in sorted({*found, *wanted}):

@@ -368,7 +368,7 @@ BAD_OPTIONS = [
     (["--shard-size", "9" * 400], "shard_size: the size is beyond all measure", "it is '999"),
     (["--max-memory", "1MB"], "--max-memory 1 MiB is too little", "allow "),
     (["--threads", "0"], "resources.threads: input should be greater than or equal to 1", "it is 0"),
-    (["--device", "abacus"], "'abacus' is not a device", "--device cpu"),
+    (["--device", "abacus"], "no abacus device is usable here", "--device cpu"),
     (["--revision", "main"], "--revision is for Hub ids", "leave it out"),
     (["--recipe", "no.yaml"], "the recipe cannot be read: No such file", "check the path"),
 ]  # fmt: skip

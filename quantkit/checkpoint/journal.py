@@ -6,6 +6,7 @@ unit is done again. The file is locked while a run writes to it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -29,11 +30,15 @@ class Journal:
         self.path = out / FOLDER / "journal"
         self.path.parent.mkdir(exist_ok=True)
         self._lock = threading.Lock()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as e:
             os.close(self._fd)
+            if e.errno != errno.EWOULDBLOCK:
+                raise OutputError(
+                    f"the output folder cannot be locked: {e.strerror}", where=str(out), hint="write to a local disk"
+                ) from None
             raise OutputError(
                 "another run is writing to this folder", where=str(out), hint="wait for it, or name another -o"
             ) from None

@@ -50,9 +50,11 @@ class ShardWriter:
         self.layouts = {layout.name: layout for layout in layouts}
         self._fds: dict[str, int] = {}
         self._done: set[str] = set()
+        self.fresh: set[str] = set()  # files of which no byte was kept: nothing that a journal says of them holds
         try:
             for layout in self.layouts.values():
                 self._open(layout)
+            fsync_directory(folder)
         except BaseException:
             self.close()
             raise
@@ -61,13 +63,14 @@ class ShardWriter:
         final, partial = self.folder / layout.name, self.folder / (layout.name + PARTIAL)
         path = final if final.exists() and not partial.exists() else partial
         try:
-            self._fds[layout.name] = fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fds[layout.name] = fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             if path is final:
                 self._done.add(layout.name)
             size = os.fstat(fd).st_size
             if size > layout.nbytes:
                 os.ftruncate(fd, layout.nbytes)
             elif size < layout.nbytes:
+                self.fresh.add(layout.name)
                 _reserve(fd, layout.nbytes)
             os.pwrite(fd, layout.header, 0)
         except OSError as e:
@@ -163,7 +166,8 @@ def write_file(path: Path, data: bytes) -> None:
     """A small file, whole or not at all: written beside its place, synced, renamed."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as f:
+        partial.unlink(missing_ok=True)  # with "x" below: a link that somebody left there is not followed
+        with partial.open("xb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -177,7 +181,8 @@ def copy_file(source: Path, target: Path) -> str:
     digest = hashlib.sha256()
     partial = target.with_name(target.name + PARTIAL)
     try:
-        with source.open("rb") as reader, partial.open("wb") as f:
+        partial.unlink(missing_ok=True)
+        with source.open("rb") as reader, partial.open("xb") as f:
             while chunk := reader.read(1 << 20):
                 digest.update(chunk)
                 f.write(chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,19 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 
 # What travels with a derived model, byte for byte. README.md is the parent's card: quoted in ours, not copied.
 SIDE_FILES = re.compile(
-    r"(?!.*\.py$)"  # code does not travel, whatever it is called
+    # Data only: code and pickles do not travel, whatever they are called.
+    r"(?!.*\.(?:pyc?|so|pth?|pkl|pickle|bin|exe|sh)$)"
     r"(?:generation_config\.json|tokenizer.*|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
     r"|merges\.txt|spiece\.model|sentencepiece.*\.model|chat_template.*|(processor|preprocessor)_config\.json"
     r"|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?:[.\-_].*)?)",
     re.IGNORECASE,
 )
 MAX_SIDE_FILE = 256 * 1024 * 1024
-# Keys of config.json that name code to run or a place on somebody's machine. They do not travel.
-STRIPPED = ("auto_map", "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_internal",
-            "_attn_implementation_autoset", "_experts_implementation")  # fmt: skip
+# Keys of config.json that name code: Python files, or kernels that transformers would fetch from the Hub.
+CODE_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
+             "_attn_implementation_autoset", "experts_implementation", "_experts_implementation")  # fmt: skip
+# They do not travel, and neither do places on somebody's machine.
+STRIPPED = (*CODE_KEYS, "_name_or_path", "_commit_hash")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Checkpoint:
         """config.json as it travels, and the keys that were taken out of it at any depth."""
         removed: list[str] = []
         return _strip(self.config, removed), sorted(set(removed))
+
+
+def code_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys at any depth of a config.json that name code to run or to fetch."""
+    removed: list[str] = []
+    _strip(config, removed)
+    return sorted(set(removed) & set(CODE_KEYS))
 
 
 def _strip(value: Any, removed: list[str]) -> Any:

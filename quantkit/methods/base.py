@@ -108,6 +108,7 @@ class Method(Generic[P]):
     decoder: Callable[[WeightSpec, P, Mapping[str, Array]], Decoder]
     config: Callable[[P, str, tuple[str, ...]], dict[str, Any]]
     describe: Callable[[P], Description]
+    devices: tuple[str, ...] = ("cpu",)
 
 
 def apply(method: Method[P], weight: Array, spec: WeightSpec, params: P) -> tuple[dict[str, Array], Report]:

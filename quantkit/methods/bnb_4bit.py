@@ -220,4 +220,5 @@ METHOD = Method(
     decoder=Bnb4bitDecoder,
     config=config,
     describe=describe,
+    devices=("cpu", "cuda"),
 )
