@@ -265,9 +265,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         console.error(usage)
         sys.exit(usage.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        interrupted = Interrupted(
-            "interrupted", where="before anything was written", hint="the same command takes up where it stopped"
-        )
+        interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
         console.error(interrupted)
         sys.exit(interrupted.exit_code)
     sys.exit(0)

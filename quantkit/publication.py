@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
+from quantkit.errors import RunError
 from quantkit.layouts import Checkpoint
 from quantkit.methods.base import Report
 from quantkit.parent_card import ParentCard, read_parent_card
@@ -160,6 +161,8 @@ def _short(x: float) -> float:
 def manifest_text(manifest: Mapping[str, Any], nbytes: int | None = None) -> bytes:
     """JSON, padded with spaces before its last newline to the size that the plan gave it."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+    if nbytes is not None and len(text) >= nbytes:
+        raise RunError(f"the manifest has {len(text) + 1} bytes, the plan says {nbytes}: a fault of quantkit")
     return text.ljust((nbytes or 0) - 1) + b"\n"
 
 

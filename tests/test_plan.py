@@ -166,6 +166,18 @@ def test_headers_are_enough(tiny: Tiny, tmp_path: Path) -> None:
     assert headers.hash == whole.hash
 
 
+def test_an_index_is_enough(tmp_path: Path) -> None:
+    """The names in the index and the sizes in config.json say as much as the headers do."""
+    source = make_tiny("llama", tmp_path / "model", max_shard_size="60kB")
+    whole = make_plan(str(source))
+    for shard in source.glob("*.safetensors"):
+        shard.unlink()
+    planned = make_plan(str(source))
+    key = {u.name: [(t.name, t.dtype, t.shape) for t in u.outputs] for u in whole.units}
+    assert {u.name: [(t.name, t.dtype, t.shape) for t in u.outputs] for u in planned.units} == key
+    assert planned.weight_bytes == whole.weight_bytes
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "linears"),
     [("mistral-7b-lily", 7_241_732_096, 32 * 7), ("mixtral-8x7b", 46_702_792_704, 32 * (4 + 8 * 3))],

@@ -1,6 +1,6 @@
 """bitsandbytes 4-bit: NF4 and FP4, blocks of 64, with or without double quantization of the block maxima.
 
-Tensors per linear and their meaning: docs/formats.md. transformers, vLLM and TGI read the folder.
+Tensors per linear and their meaning: docs/formats.md.
 """
 
 from __future__ import annotations
