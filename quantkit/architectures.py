@@ -83,11 +83,13 @@ _HEAD_NORMS = _norms("self_attn.q_norm", "self_attn.k_norm", size="D")
 _WIDE_MLP: Shapes = {"mlp.dense_h_to_4h": ("F", "H"), "mlp.dense_4h_to_h": ("H", "F")}
 _EXPERTS_WARNING = (
     "transformers 5 holds the experts of a layer as one 3-D parameter: it quantizes none of them itself and cannot "
-    "load them quantized; load this folder with quantkit.load; engines that keep experts apart may read it, which was not tried"
+    "load them quantized; load this folder with quantkit.load; engines that keep experts apart may read it too, which "
+    "was not tried"
 )
 _FALCON_WARNING = (
     "transformers 5 replaces only exact nn.Linear modules and Falcon's are a subclass: it quantizes nothing there and "
-    "cannot load a quantized Falcon folder; load this one with quantkit.load; vLLM is reported to read such folders, which was not tried"
+    "cannot load a quantized Falcon folder; load this one with "
+    "quantkit.load; vLLM is reported to read such folders, which was not tried"
 )
 
 # fmt: off
