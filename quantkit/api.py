@@ -57,7 +57,7 @@ def quantize(
 
 
 def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET) -> Outcome:
-    if recipe.output is None:
+    if not recipe.output:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
     _check_device(recipe.resources.device)
     job, checkpoint = plan_recipe(recipe, data_present=True, console=console)

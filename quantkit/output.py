@@ -11,7 +11,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import PARTIAL
 from quantkit.errors import OutputError, SourceError
 from quantkit.layouts import Checkpoint
-from quantkit.plans import WEIGHTS, Plan
+from quantkit.plans import CARD, WEIGHTS, Plan
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
@@ -26,6 +26,12 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     finished = _finished_hash(out)
     unfinished = (out / FOLDER / "journal").exists()
     if finished == plan.hash and not unfinished and not force:
+        damaged = [f.name for f in plan.files if f.role != CARD and not _has_size(out / f.name, f.nbytes)]
+        if damaged:
+            raise OutputError(
+                f"the folder was finished once, but {damaged[0]} is missing or of another size now",
+                where=str(out), hint="write it again with --force",
+            )  # fmt: skip
         with suppress(OSError):  # a crash at the very last step may have left the journal's folder, empty
             (out / FOLDER).rmdir()
         return None
@@ -91,6 +97,10 @@ def _names(out: Path) -> list[str]:
         raise OutputError(
             f"the output folder cannot be read: {e.strerror}", where=str(out), hint="name another -o"
         ) from None
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
 
 
 def _finished_hash(out: Path) -> str | None:

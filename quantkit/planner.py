@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
         )
     compute = next(u.weight.dtype for u in units if u.weight is not None)
     config["quantization_config"] = method.config(recipe.quantize.params, compute, skipped)
-    warnings = _warnings(units, recipe, warning, stripped)
+    warnings = [*_misfits(checkpoint, tensors, linears), *_warnings(units, recipe, warning, stripped)]
     memory = plan_memory(
         (
             (u.source, u.linear.transposed, method.granule(u.weight))
@@ -185,6 +185,28 @@ def _shard(units: list[Unit], shard_size: int) -> tuple[tuple[Shard, ...], list[
         shards.append(Shard(name, header, end, tuple(at.values())))
         placed += [replace(u, outputs=tuple(at[t.name] for t in u.outputs)) for u in group]
     return tuple(shards), placed
+
+
+def _misfits(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], linears: Sequence[Linear]) -> list[str]:
+    """Where config.json and the weights contradict each other: what is written then will not load, or not work."""
+    row = architectures.find(checkpoint.config)
+    if row is None:
+        return []
+    found = []
+    for t in tensors:
+        shape = architectures.expected_shape(row, checkpoint.config, t.name)
+        if shape is not None and shape != t.shape:
+            found.append(f"tensor {quote(t.name)} is {list(t.shape)}, config.json makes it {list(shape)}")
+    layers = len({x.layer for x in linears if x.layer >= 0})
+    stated = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer"))
+    if type(stated) is int and stated != layers:
+        found.append(f"config.json speaks of {stated:,} layers, the weights hold {layers:,}")
+    kinds = Counter(x.kind for x in linears if x.layer >= 0 and not x.expert)
+    # With experts, a layer may be of one kind or the other.
+    odd = [kind for kind, n in kinds.items() if n != layers and not any(x.expert for x in linears)]
+    if odd:
+        found.append(f"{odd[0]} is there in {kinds[odd[0]]} of {layers} layers: the checkpoint is incomplete")
+    return [f"the weights do not fit config.json: {what}" for what in found[:3]]
 
 
 def _warnings(units: Sequence[Unit], recipe: Recipe, reader: str, stripped: Sequence[str]) -> list[str]:

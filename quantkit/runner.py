@@ -248,7 +248,7 @@ class _Run:
             raise SourceError(
                 f"tensor {unit.name!r} holds a NaN or an infinity at [{index}]",
                 where=f"{self.files.folder}/{unit.source.file}",
-                hint="fetch or train the model again; --allow-nonfinite makes such values zero and says so on the card",
+                hint="fetch or train the model again; --allow-nonfinite quantizes such values as zero, or copies them",
             )
         return zero_nonfinite(x, dtype) if unit.weight is not None else 0
 

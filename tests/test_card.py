@@ -276,8 +276,8 @@ def test_snippet_loads_this_folder_and_uses_only_names_it_defines(loader: Any, c
     ]
     assert [ast.unparse(call.args[0]) for call in loads] == ["PATH_OR_REPO_ID"] * 2
     assert code.count("PATH_OR_REPO_ID = ") == 1
-    assert 'PATH_OR_REPO_ID = "path/or/repo-id"  # this folder' in code
-    assert 'PATH_OR_REPO_ID = "Owl-7B-nf4"  # this folder' in render(loader=loader)
+    assert 'PATH_OR_REPO_ID = "path/or/repo-id"  # put the path of this folder here' in code
+    assert 'PATH_OR_REPO_ID = "Owl-7B-nf4"  # put the path of this folder here' in render(loader=loader)
     assert ("apply_chat_template" in code) == chat
     assert ("quantkit.load" in code) == (loader == "quantkit")
 
