@@ -86,3 +86,22 @@ def test_a_method_refuses_a_device_that_it_would_ignore(tiny: Tiny) -> None:
 )
 def test_code_and_pickles_do_not_travel(name: str) -> None:
     assert not SIDE_FILES.fullmatch(name)
+
+
+def test_finished_is_said_of_whole_folders_only(tiny: Tiny, tmp_path: Path) -> None:
+    api.quantize(str(tiny("llama")), tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    with pytest.raises(OutputError, match=r"tokenizer\.json is missing"):
+        api.quantize(str(tiny("llama")), tmp_path / "out")
+    api.quantize(str(tiny("llama")), tmp_path / "out", force=True)
+    assert api.quantize(str(tiny("llama")), tmp_path / "out").already_done
+
+
+def test_weights_that_do_not_fit_the_config_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    assert api.plan(str(tiny("llama"))).warnings == ()
+    source = shutil.copytree(tiny("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 99}))
+    assert "99 layers, the weights hold 2" in api.plan(str(source)).warnings[0]
+    (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    assert "config.json makes it [128, 64]" in api.plan(str(source)).warnings[0]
