@@ -104,4 +104,4 @@ def test_weights_that_do_not_fit_the_config_are_named(tiny: Tiny, tmp_path: Path
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 99}))
     assert "99 layers, the weights hold 2" in api.plan(str(source)).warnings[0]
     (source / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
-    assert "config.json makes it [128, 64]" in api.plan(str(source)).warnings[0]
+    assert "config.json makes it [64, 128]" in api.plan(str(source)).warnings[0]
