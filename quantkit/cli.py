@@ -114,12 +114,7 @@ def plan(as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Only plan.")
 def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Quantize SRC into OUT. The same command resumes an interrupted run."""
-    console = Console(json=as_json, quiet=quiet)
-    recipe = _recipe(options)
-    if dry_run:
-        _print_plan(recipe, console)
-    else:
-        _run(recipe, console, force=force)
+    _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
 
 
 @cli.command()
@@ -131,12 +126,7 @@ def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: 
 @_output_options
 def run(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Do what a recipe file says."""
-    console = Console(json=as_json, quiet=quiet)
-    recipe = _recipe(options)
-    if dry_run:
-        _print_plan(recipe, console)
-    else:
-        _run(recipe, console, force=force)
+    _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
 
 
 @cli.command()
@@ -217,7 +207,10 @@ def _plan_text(job: Plan) -> str:
     return f"{tensors}\n\n{files}\n\n{totals}"
 
 
-def _run(recipe: Recipe, console: Console, *, force: bool) -> None:
+def _plan_or_run(recipe: Recipe, console: Console, *, force: bool, dry_run: bool) -> None:
+    if dry_run:
+        _print_plan(recipe, console)
+        return
     from quantkit import api
 
     outcome = api.run_recipe(recipe, force=force, console=console)

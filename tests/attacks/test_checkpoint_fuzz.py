@@ -228,7 +228,7 @@ def test_no_architecture(table: dict[str, object], folder: Path) -> None:
 
 NAMES = [
     "../../../escaped",
-    "/tmp/escaped",
+    "/escaped",
     "line\nresult  sound",
     "\x1b]0;title\x07\x1b[2J\x1b[31m",
     "\x9b2J\x85\x7f\r",
