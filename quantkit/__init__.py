@@ -1,8 +1,9 @@
-"""quantkit: plan, stream, verify and publish quantized language models.
+"""quantkit: plan, stream, verify and publish quantized and converted language models.
 
     quantkit.inspect(source)            what a checkpoint is
     quantkit.plan(source, recipe)       every byte of the output, before a weight is read
     quantkit.quantize(source, out)      do it; resumes
+    quantkit.convert(source, out, to)   the same weights in another layout; resumes
     quantkit.verify(folder)             prove the result
     quantkit.load(folder)               a working transformers model of any folder that quantkit wrote
 
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.api import inspect, plan, quantize, verify
+    from quantkit.api import convert, inspect, plan, quantize, verify
     from quantkit.loading import load
 
-__all__ = ["__version__", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["__version__", "convert", "inspect", "load", "plan", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
@@ -14,6 +14,7 @@ from quantkit.errors import SourceError, UsageError, VerifyError
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, open_checkpoint
+from quantkit.output import COMMITS
 from quantkit.planner import make_plan
 from quantkit.plans import Plan
 from quantkit.publication import FORMAT, render_from_manifest
@@ -38,7 +39,9 @@ def plan(source: str, recipe: Mapping[str, Any] | None = None) -> Plan:
 def plan_recipe(recipe: Recipe, *, data_present: bool = False, console: Console = _QUIET) -> tuple[Plan, Checkpoint]:
     """The plan and what it reads. With data_present=False a Hub model's weights are not fetched, only their headers."""
     folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet)
-    checkpoint = open_checkpoint(folder, data_present=data_present)
+    # An official folder holds both layouts: what is to be written is then not what is read.
+    prefer: Literal["hf", "mistral"] = "mistral" if recipe.convert is not None and recipe.convert.to == "hf" else "hf"
+    checkpoint = open_checkpoint(folder, data_present=data_present, native=recipe.native.options, prefer=prefer)
     return make_plan(recipe, checkpoint, origin), checkpoint
 
 
@@ -54,6 +57,21 @@ def quantize(
     return run_recipe(
         build_recipe({**(recipe or {}), "source": source, "output": str(out)}), force=force, console=console
     )
+
+
+def convert(
+    source: str,
+    out: str | Path,
+    to: Literal["hf", "mistral"],
+    recipe: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    console: Console = _QUIET,
+) -> Outcome:
+    """Writes `source` into the folder `out` in another layout; more keys of the `convert` block go into `recipe`."""
+    table = dict(recipe or {})
+    table["convert"] = {**table.get("convert", {}), "to": to}
+    return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
 
 
 def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET) -> Outcome:
@@ -108,7 +126,8 @@ def rewrite_card(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "quantkit.json").is_file():
         raise UsageError("the folder has no quantkit.json, so quantkit did not write it", where=str(folder))
-    manifest, config = read_json(folder / "quantkit.json"), read_json(folder / "config.json")
+    manifest = read_json(folder / "quantkit.json")
+    config = next((read_json(folder / name) for name in COMMITS if (folder / name).exists()), {})
     if manifest.get("format") != FORMAT:
         raise SourceError(f"quantkit.json has format {manifest.get('format')!r}, this version knows {FORMAT}")
     try:

@@ -119,6 +119,8 @@ _QWEN3_MOE = _like(
 ARCHITECTURES: tuple[Architecture, ...] = (
     _LLAMA,
     _like(_LLAMA, "mistral", defaults={"num_key_value_heads": 8}),
+    _like(_LLAMA, "ministral", defaults={"num_key_value_heads": 8}),
+    _like(_LLAMA, "ministral3", defaults={"num_key_value_heads": 8, "head_dim": 128}),
     _like(_LLAMA, "qwen2", defaults={"num_key_value_heads": 32}),
     _QWEN3,
     _like(_LLAMA, "gemma", tied=True, defaults={"num_key_value_heads": 16, "head_dim": 256}),

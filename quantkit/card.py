@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def render_card(facts: CardFacts) -> str:
     inherited, left_out = carried(facts.parent)
     licence = licence_of(facts)
     taken = [key for key in inherited if key in facts.parent.metadata and key in data]
-    return _template().render(
+    return _template("converted" if facts.bits is None else "quantized").render(
         facts=facts,
         data=data,
         front_matter=_Markdown(yaml_block(data)),
@@ -137,6 +138,7 @@ def render_card(facts: CardFacts) -> str:
         # A name fit for a folder or a repository is a better stand-in than none; a title is neither.
         variable=_Markdown(f'"{facts.name if is_hub_id(facts.name) else "path/or/repo-id"}"'),
         needs=_needs(facts),
+        path=_Markdown(shlex.quote(facts.name if is_hub_id(facts.name) else "PATH")),
         source_bits=8 * facts.source_bytes / facts.parameters if facts.parameters else None,
         percent=_percent,
         count=_count,
@@ -151,7 +153,7 @@ def _papers(tags: Iterable[str]) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         finalize=_finish,
@@ -162,7 +164,7 @@ def _template() -> jinja2.Template:
         autoescape=False,  # that is for HTML; `finalize` escapes for Markdown
     )
     environment.filters.update(code=_code, codes=_codes, listing=_listing, size=_size, big=_big)
-    return environment.get_template("card.md.j2")
+    return environment.get_template(f"{name}.md.j2")
 
 
 def _address(facts: CardFacts) -> str:

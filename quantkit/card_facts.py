@@ -45,12 +45,12 @@ class CardFacts:
     quantized_by: str | None
     parent: ParentCard
     method_title: str
-    bits: int
+    bits: int | None  # None: converted, not quantized
     tags: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
     source_bytes: int
     output_bytes: int
-    bits_per_weight: float  # of the quantized layers
+    bits_per_weight: float | None  # of the quantized layers
     model_bits_per_weight: float
     parameters: int
     architecture: str
@@ -68,3 +68,8 @@ class CardFacts:
     recipe_yaml: str
     versions: tuple[tuple[str, str], ...]
     plan_hash: str
+    layout: str = "hf"
+    checked: bool = False  # every tensor was mapped back and compared while it was written
+    tensors: int = 0
+    decoded: int = 0  # tensors that the parent stores in FP8
+    old_reference: bool = False  # for the reference program of 2023

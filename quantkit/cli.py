@@ -31,29 +31,51 @@ def _output_options(function: F) -> F:
     return _JSON(_QUIET(function))
 
 
-def _job_options(function: F) -> F:
-    """The options of `plan` and `quantize`; each is a key of the recipe."""
-    options = [
-        click.argument("source", required=False, metavar="SRC"),
-        click.option("--bits", type=int, help="Bits per weight: 4 or 8.  [default: 4]"),
-        click.option("--method", help="Quantization method.  [default: bnb]"),
-        click.option("--quant-type", help="4-bit code table, nf4 or fp4.  [default: nf4]"),
-        click.option(
-            "--double-quant/--no-double-quant", default=None, help="Block maxima in 8 bits, or not.  [default: yes]"
-        ),
-        click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers as they are. Repeatable."),
-        click.option("--shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]"),
-        click.option("--max-memory", metavar="SIZE", help="RAM not to exceed; refused beforehand if too little."),
-        click.option("--threads", type=int, help="Threads that encode.  [default: all cores]"),
-        click.option("--device", help="Where to encode: cpu or cuda.  [default: cpu]"),
-        click.option("--allow-nonfinite", is_flag=True, default=None, help="Quantize NaN and infinities as zero."),
-        click.option("--revision", help="Branch, tag or commit of a Hub id."),
-        click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with these settings."),
-        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return _output_options(function)
+def _options(*given: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(given):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# Each is a key of the recipe.
+_quantize_options = _options(
+    click.option("--bits", type=int, help="Bits per weight: 4 or 8.  [default: 4]"),
+    click.option("--method", help="Quantization method.  [default: bnb]"),
+    click.option("--quant-type", help="4-bit code table, nf4 or fp4.  [default: nf4]"),
+    click.option(
+        "--double-quant/--no-double-quant", default=None, help="Block maxima in 8 bits, or not.  [default: yes]"
+    ),
+    click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers as they are. Repeatable."),
+    click.option("--device", help="Where to encode: cpu or cuda.  [default: cpu]"),
+    click.option("--allow-nonfinite", is_flag=True, default=None, help="Quantize NaN and infinities as zero."),
+)
+_convert_options = _options(
+    click.option("--to", help="Layout to write: hf or mistral."),
+    click.option("--profile", help="For whom a mistral folder is: current or one-file-ref-2023.  [default: current]"),
+    click.option("--weights-format", help="Of a mistral folder: safetensors or pth.  [default: safetensors]"),
+    click.option("--tokenizer/--no-tokenizer", default=None, help="Bring the tokenizer along, or not.  [default: yes]"),
+    click.option("--check/--no-check", default=None, help="Map back and compare what was written.  [default: yes]"),
+)
+_common_options = _options(
+    click.option("--shard-size", "--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]"),
+    click.option("--max-memory", metavar="SIZE", help="RAM not to exceed; refused beforehand if too little."),
+    click.option("--threads", type=int, help="Threads that work on weights.  [default: all cores]"),
+    click.option("--revision", help="Branch, tag or commit of a Hub id."),
+    click.option("--rope-theta", type=float, help="For a params.json that does not name it."),
+    click.option("--context", type=int, metavar="TOKENS", help="For a params.json that does not name it."),
+    click.option("--text-only", is_flag=True, default=None, help="Leave out the vision part of a params.json folder."),
+    click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with these settings."),
+    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
+)
+_source = click.argument("source", required=False, metavar="SRC")
+_output = _options(
+    click.option("-o", "--output", "out", metavar="OUT", help="Folder to write."),
+    click.option("--force", is_flag=True, help="Replace what an earlier run left in OUT."),
+    click.option("--dry-run", is_flag=True, help="Only plan."),
+)
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
@@ -68,6 +90,14 @@ def _recipe(options: dict[str, Any]) -> Recipe:
         "quant_type": "quantize.quant_type",
         "double_quant": "quantize.double_quant",
         "skip": "quantize.skip",
+        "to": "convert.to",
+        "profile": "convert.profile",
+        "weights_format": "convert.weights_format",
+        "tokenizer": "convert.tokenizer",
+        "check": "convert.check",
+        "rope_theta": "native.rope_theta",
+        "context": "native.context",
+        "text_only": "native.text_only",
         "shard_size": "shard_size",
         "allow_nonfinite": "allow_nonfinite",
         "max_memory": "resources.max_memory",
@@ -82,9 +112,9 @@ def _recipe(options: dict[str, Any]) -> Recipe:
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="quantkit")
 def cli() -> None:
-    """Quantize language models into folders fit to publish.
+    """Quantize and convert language models into folders fit to publish.
 
-    SRC is a folder with config.json and weights, or a Hub id such as org/model.
+    SRC is a folder with weights and config.json or params.json, or a Hub id such as org/model.
     """
 
 
@@ -101,28 +131,50 @@ def inspect(source: str, revision: str | None, as_json: bool, quiet: bool) -> No
 
 
 @cli.command()
-@_job_options
+@_source
+@_quantize_options
+@_common_options
+@_output_options
 def plan(as_json: bool, quiet: bool, **options: Any) -> None:
     """Say every byte that `quantize` would write, and the RAM it takes, without reading a weight."""
     _print_plan(_recipe(options), Console(json=as_json, quiet=quiet))
 
 
 @cli.command()
-@_job_options
-@click.option("-o", "--output", "out", metavar="OUT", help="Folder to write.")
-@click.option("--force", is_flag=True, help="Replace what an earlier run left in OUT.")
-@click.option("--dry-run", is_flag=True, help="Only plan.")
+@_source
+@_quantize_options
+@_common_options
+@_output
+@_output_options
 def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Quantize SRC into OUT. The same command resumes an interrupted run."""
     _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
 
 
 @cli.command()
+@_source
+@_convert_options
+@_common_options
+@_output
+@_output_options
+def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+    """Write SRC into OUT in another layout: Mistral's own (params.json) or Hugging Face's.
+
+    Every tensor is mapped back and compared with the source. The same command resumes an interrupted run.
+    """
+    if (
+        options["recipe"] is None
+        and options["to"] is None
+        and not any("convert.to" in a for a in options["assignments"])
+    ):
+        raise UsageError("which layout is to be written?", hint="add --to hf or --to mistral")
+    _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+
+
+@cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "out", metavar="OUT", help="Folder to write.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe.")
-@click.option("--force", is_flag=True, help="Replace what an earlier run left in OUT.")
-@click.option("--dry-run", is_flag=True, help="Only plan.")
+@_output
 @_output_options
 def run(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Do what a recipe file says."""
@@ -192,12 +244,8 @@ def _plan_text(job: Plan) -> str:
     totals = table(
         [
             ("parameters", f"{job.parameters:,}"),
-            ("quantized", f"{len(job.encoded):,} linear layers of {job.architecture}"),
+            *_job_rows(job),
             ("weights", f"{human_bytes(job.source_bytes)} → {human_bytes(job.weight_bytes)}"),
-            (
-                "bits per weight",
-                f"{job.bits_per_weight:.3f} in quantized layers, {job.model_bits_per_weight:.3f} over all",
-            ),
             ("peak RAM", f"{human_bytes(job.memory.peak)} at most, {job.memory.threads} threads"),
             ("disk", f"{job.disk:,} bytes ({human_bytes(job.disk)})"),
             ("passes", "1 over the source"),
@@ -205,6 +253,16 @@ def _plan_text(job: Plan) -> str:
         ]
     )
     return f"{tensors}\n\n{files}\n\n{totals}"
+
+
+def _job_rows(job: Plan) -> list[tuple[str, str]]:
+    if job.bits_per_weight is None:
+        moved = sum(u.head_dim > 0 or u.source.head_dim > 0 for u in job.units)
+        return [
+            ("converted", f"{len(job.units):,} tensors of {job.architecture}, {moved:,} with rows in another order")
+        ]
+    bits = f"{job.bits_per_weight:.3f} in quantized layers, {job.model_bits_per_weight:.3f} over all"
+    return [("quantized", f"{len(job.encoded):,} linear layers of {job.architecture}"), ("bits per weight", bits)]
 
 
 def _plan_or_run(recipe: Recipe, console: Console, *, force: bool, dry_run: bool) -> None:
@@ -227,6 +285,7 @@ def _outcome_text(outcome: Outcome) -> str:
             "tensors",
             f"{outcome.units:,}" + (f", {outcome.reused:,} kept from an earlier run" if outcome.reused else ""),
         ),
+        *([("checked", outcome.checked)] if outcome.checked else []),
         ("seconds", f"{outcome.seconds:.1f}"),
         ("peak RAM", human_bytes(outcome.peak_rss)),
         ("card", str(outcome.out / "README.md")),

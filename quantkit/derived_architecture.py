@@ -13,7 +13,7 @@ from typing import Any
 
 from quantkit.architectures import Linear
 from quantkit.errors import SourceError
-from quantkit.layouts.hf import STRIPPED
+from quantkit.layouts.base import STRIPPED
 
 # Keys through which a config.json could make transformers run or fetch something else than its own modules, or build
 # them already quantized.

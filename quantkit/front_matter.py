@@ -152,7 +152,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         "language": inherited.pop("language", None),
         "language_bcp47": inherited.pop("language_bcp47", None),
         "pipeline_tag": inherited.pop("pipeline_tag"),
-        "library_name": "transformers",
+        "library_name": "transformers" if facts.layout == "hf" else None,
         "quantized_by": facts.quantized_by,
         "tags": unique([*facts.tags, *carried_tags(facts.parent)]),
         **inherited,

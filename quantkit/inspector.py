@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit import architectures
-from quantkit.checkpoint.header import TensorInfo
+from quantkit.checkpoint.views import SourceTensor
 from quantkit.console import human_bytes, table
 from quantkit.layouts import Checkpoint
-from quantkit.layouts.hf import STRIPPED
+from quantkit.layouts.base import STRIPPED
 from quantkit.planner import quantized_already, source_tensors
 
 
@@ -19,6 +19,7 @@ class Inspection:
     """Facts about a checkpoint. `problems` is what stands in the way of loading or quantizing it."""
 
     layout: str
+    generation: str  # of a native layout
     architecture: str
     known: bool
     parameters: int
@@ -34,6 +35,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         return {
             "layout": self.layout,
+            "generation": self.generation or None,
             "architecture": self.architecture,
             "in_table": self.known,
             "parameters": self.parameters,
@@ -50,7 +52,7 @@ class Inspection:
     def text(self) -> str:
         dtypes = ", ".join(f"{d} {n:,}" for d, n in self.dtypes.items())
         rows = [
-            ("layout", self.layout),
+            ("layout", self.layout + (f", {self.generation}" if self.generation else "")),
             (
                 "architecture",
                 self.architecture + ("" if self.known else "  (no row in the table; asked of transformers)"),
@@ -80,6 +82,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         dtypes[t.dtype] += t.numel
     return Inspection(
         checkpoint.layout,
+        checkpoint.generation,
         str(config.get("model_type", "unknown")),
         row is not None,
         sum(dtypes.values()),
@@ -96,7 +99,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 
 
 def _problems(
-    checkpoint: Checkpoint, row: architectures.Architecture | None, tensors: list[TensorInfo], quantized: bool
+    checkpoint: Checkpoint, row: architectures.Architecture | None, tensors: list[SourceTensor], quantized: bool
 ) -> list[str]:
     problems = []
     if checkpoint.absent:
@@ -112,6 +115,7 @@ def _problems(
                 problems.append(f"{t.name} is {list(t.shape)}, config.json makes it {list(shape)}")
         if row.warning:
             problems.append(row.warning)
+    problems += checkpoint.notes
     found = [k for k in STRIPPED if k in checkpoint.config]
     if "auto_map" in found:
         problems.append("config.json names Python code to run (auto_map); quantkit never runs it")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantkit.checkpoint.header import DTYPE_BITS, TensorInfo
+from quantkit.checkpoint.header import DTYPE_BITS
 from quantkit.checkpoint.system import cores
+from quantkit.checkpoint.views import SourceTensor
 from quantkit.errors import UsageError
 
 MIB = 1 << 20
@@ -15,6 +16,8 @@ MIB = 1 << 20
 # The interpreter with numpy, Numba and the compiler that a first run needs: 200 MiB at the peak (166 with kernels
 # from the cache).
 BASE = 240 * MIB
+# The interpreter with numpy, where tensors are only moved: no compiler.
+BASE_COPY = 110 * MIB
 # transformers and torch on top, where they are asked for an architecture that has no row in our table: 300 MiB.
 BASE_DERIVED = 400 * MIB
 # torch and bitsandbytes on top, where a GPU encodes: their CUDA libraries and context.
@@ -51,34 +54,59 @@ class MemoryPlan:
         return self.base + self.slabs + self.state + self.table + 2 * HASH_BUFFER
 
 
+@dataclass(frozen=True)
+class Work:
+    """One tensor as the memory plan sees it: what is read, the granule in elements (0: it is one slab), whether it is
+    encoded, and how much a worker makes of a slab, in slabs."""
+
+    source: SourceTensor
+    granule: int
+    encoded: bool
+    copies: float
+
+
+def slab_elements(source: SourceTensor, granule: int, slab: int) -> int:
+    """Elements in each slab of a tensor but the last, for slabs of about `slab` bytes."""
+    if not granule:
+        return source.numel
+    return max(granule, slab * 8 // DTYPE_BITS[source.dtype] // granule * granule)
+
+
 def plan_memory(
-    linears: Iterable[tuple[TensorInfo, bool, int]],
+    work: Iterable[Work],
     *,
     tensors: int,
     threads: int | None,
     limit: int | None,
     device: str,
     derived: bool = False,
+    extra: int = 0,
 ) -> MemoryPlan:
-    """MemoryPlan for (source tensor, transposed, granule in elements) of every tensor to encode; `derived` if the
-    architecture has no row in the table.
+    """MemoryPlan for a job that writes `tensors` tensors; `derived` if the architecture has no row in the table;
+    `extra` bytes beside all that.
 
-    A slab is never smaller than a granule; a transposed tensor is read whole. With `limit` bytes, threads and slabs
-    shrink until they fit; UsageError if even the smallest do not.
+    A slab is never smaller than a granule. With `limit` bytes, threads and slabs shrink until they fit; UsageError if
+    even the smallest do not.
     """
-    linears = list(linears)
+    work = list(work)
     workers = threads or cores()
-    state = int(STATE_PER_WEIGHT * TENSORS_IN_FLIGHT * max((t.numel for t, _, _ in linears), default=0))
-    base = (BASE if device == "cpu" else BASE_GPU) + (BASE_DERIVED if derived else 0)
-    whole = max((t.nbytes for t, transposed, _ in linears if transposed), default=0)
+    encoded = [w.source.numel for w in work if w.encoded]
+    state = int(STATE_PER_WEIGHT * TENSORS_IN_FLIGHT * max(encoded, default=0))
+    base = BASE_GPU if device != "cpu" else BASE if encoded else BASE_COPY
+    base += (BASE_DERIVED if derived else 0) + extra
+    whole = max((w.source.nbytes for w in work if not w.granule), default=0)
 
     def at(workers: int, slab: int) -> MemoryPlan:
-        largest = max([slab, whole, *(g * DTYPE_BITS[t.dtype] // 8 for t, _, g in linears)])
+        largest = beside = 0
+        for w in work:
+            size = slab_elements(w.source, w.granule, slab) * DTYPE_BITS[w.source.dtype] // 8
+            size = min(max(size, slab), max(w.source.nbytes, slab))
+            largest, beside = max(largest, size), max(beside, int(w.copies * size))
         in_flight = workers + (AHEAD_WHOLE if whole > SLAB else AHEAD)
-        # A buffer for each slab in flight; with each worker what it encodes to, at most half of it (int8 from 16 bits),
-        # and the copy that turns a transposed tensor.
-        slabs = in_flight * largest + workers * (largest // 2 + whole)
-        return MemoryPlan(workers, in_flight, slab, base, slabs, state, PER_TENSOR * tensors)
+        # A buffer for each slab in flight; with each worker what it makes of a slab.
+        return MemoryPlan(
+            workers, in_flight, slab, base, in_flight * largest + workers * beside, state, PER_TENSOR * tensors
+        )
 
     choices = [at(n, slab) for n in sorted({workers, 1}, reverse=True) for slab in (SLAB, SMALLEST_SLAB)]
     if limit is None:

@@ -13,6 +13,8 @@ from quantkit.errors import OutputError, SourceError
 from quantkit.layouts import Checkpoint
 from quantkit.plans import CARD, WEIGHTS, Plan
 
+PARTIALS = (".safetensors" + PARTIAL, ".pth" + PARTIAL)
+COMMITS = ("config.json", "params.json")  # written last, one or the other: see layouts.Target.config_file
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
@@ -104,7 +106,7 @@ def _has_size(path: Path, nbytes: int) -> bool:
 
 
 def _finished_hash(out: Path) -> str | None:
-    if not (out / "config.json").exists() or not (out / "quantkit.json").exists():
+    if not any((out / name).exists() for name in COMMITS) or not (out / "quantkit.json").exists():
         return None
     try:
         return str(read_json(out / "quantkit.json").get("plan_hash"))
@@ -118,13 +120,13 @@ def _ours(out: Path, plan: Plan, *, unfinished: bool) -> set[str]:
     ours = {f.name for f in plan.files if unfinished or f.role != WEIGHTS}
     with suppress(SourceError, KeyError, TypeError):
         ours |= {str(row["name"]) for row in read_json(out / "quantkit.json")["files"]}
-    partial = {n for n in _names(out) if n.startswith("model") and n.endswith(".safetensors" + PARTIAL)}
+    partial = {n for n in _names(out) if n.startswith(("model", "consolidated")) and n.endswith(PARTIALS)}
     return ours | {name + PARTIAL for name in ours} | partial
 
 
 def _clear(out: Path, ours: set[str]) -> None:
     # config.json first: from then on no loader takes the folder for a model.
-    for name in ["config.json", *sorted(ours - {"config.json"})]:
+    for name in [*COMMITS, *sorted(ours - set(COMMITS))]:
         path = out / name
         if path.parent == out and path.is_file():
             path.unlink()

@@ -1,25 +1,43 @@
-"""recipe × source headers × architecture → Plan. Reads headers and config only; imports no torch."""
+"""recipe × source headers × architecture × target layout → Plan. Reads headers and config only; imports no torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantkit import architectures
 from quantkit.architectures import Linear
 from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header, quote
+from quantkit.checkpoint.torch_zip_writer import plan_torch_zip
+from quantkit.checkpoint.views import SourceTensor, plain
 from quantkit.errors import SourceError, UsageError
-from quantkit.layouts import Checkpoint
-from quantkit.layouts.hf import SAFETENSORS_INDEX, index_text
-from quantkit.memory import plan_memory
+from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
+from quantkit.layouts.hf import index_text
+from quantkit.memory import MemoryPlan, Work, plan_memory
 from quantkit.methods.base import WeightSpec
 from quantkit.patterns import select
-from quantkit.plans import CARD, CONFIG, COPY, INDEX, MANIFEST, WEIGHTS, Origin, Plan, PlannedFile, Shard, Unit, digest
+from quantkit.plans import (
+    CARD,
+    CONFIG,
+    COPY,
+    GENERATED,
+    INDEX,
+    MANIFEST,
+    WEIGHTS,
+    Origin,
+    Plan,
+    PlannedFile,
+    Shard,
+    Unit,
+    digest,
+)
 from quantkit.publication import Measured, draft_manifest, finish_manifest, manifest_text, render_from_manifest
-from quantkit.recipe import Recipe
+from quantkit.recipe import Quantize, Recipe
 from quantkit.version import __version__
 
 # Tensor names that only a quantized checkpoint has.
@@ -39,7 +57,7 @@ def quantized_already(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def source_tensors(checkpoint: Checkpoint) -> list[TensorInfo]:
+def source_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
     """All tensors of the source; those in absent files with the shapes that the config implies. SourceError if the
     architecture has no row to say them."""
     tensors = list(checkpoint.tensors.values())
@@ -64,7 +82,7 @@ def source_tensors(checkpoint: Checkpoint) -> list[TensorInfo]:
             raise SourceError(
                 f"tensor {name!r} of the index is unknown to the {row.name} architecture", where=str(checkpoint.folder)
             )
-        tensors.append(TensorInfo(name, dtype, shape, file, 0))
+        tensors.append(plain(TensorInfo(name, dtype, shape, file, 0)))
     return tensors
 
 
@@ -83,52 +101,29 @@ def find_linears(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[Lin
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
     """The plan. Raises SourceError or UsageError where the job cannot be done."""
-    where = str(checkpoint.folder)
     if (how := quantized_already(checkpoint)) is not None:
-        raise SourceError(
-            f"the source is quantized already ({how})", where=where, hint="name the unquantized parent instead"
-        )
-    tensors = source_tensors(checkpoint)
-    linears, skip_modules, name, warning = find_linears(checkpoint, [t.name for t in tensors])
-    modules = [t.name.removesuffix(".weight") for t in tensors if t.name.endswith(".weight")]
-    left_out = select(modules, recipe.quantize.skip)
-    chosen = {f"{linear.module}.weight": linear for linear in linears if linear.module not in left_out}
-    if not chosen:
-        raise SourceError(
-            f"nothing is left to quantize: {len(linears)} linear layers found, all of them skipped",
-            where=where, hint="check --skip, and that config.json belongs to these weights",
-        )  # fmt: skip
-    skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
-    units = [_unit(t, chosen.get(t.name), recipe, where) for t in tensors]
-    written = Counter(t.name for u in units for t in u.outputs)
-    if (twice := next((name for name, n in written.items() if n > 1), None)) is not None:
-        raise SourceError(
-            f"the source holds {quote(twice)}, a name that quantizing would give to another tensor",
-            where=where, hint="the source is quantized already, or its tensors need other names",
-        )  # fmt: skip
-    shards, units = _shard(units, recipe.shard_size)
-    config, stripped = checkpoint.output_config()
-    method = recipe.quantize.implementation
-    if recipe.resources.device.partition(":")[0] not in method.devices:
-        raise UsageError(
-            f"{method.name} with {method.bits} bits does not encode on {recipe.resources.device!r}",
-            hint=f"use --device {' or '.join(method.devices)}",
-        )
-    compute = next(u.weight.dtype for u in units if u.weight is not None)
-    config["quantization_config"] = method.config(recipe.quantize.params, compute, skipped)
-    warnings = [*_misfits(checkpoint, tensors, linears), *_warnings(units, recipe, warning, stripped)]
-    memory = plan_memory(
-        (
-            (u.source, u.linear.transposed, method.granule(u.weight))
-            for u in units
-            if u.linear is not None and u.weight is not None
-        ),
-        tensors=sum(len(u.outputs) for u in units),
-        threads=recipe.resources.threads,
-        limit=recipe.resources.max_memory,
-        device=recipe.resources.device,
-        derived=architectures.find(checkpoint.config) is None,
-    )
+        reason = "the source is quantized already"
+        if recipe.convert is not None:
+            reason = "packed weights cannot change their layout: their rows are not theirs alone any more"
+        raise SourceError(f"{reason} ({how})", where=str(checkpoint.folder), hint="name the unquantized parent instead")
+    target = _target(recipe, checkpoint)
+    tensors = [t for t in source_tensors(checkpoint) if t.name in target.names]
+    chosen = _Chosen()
+    if recipe.quantize is not None:
+        _check_device(recipe)
+        chosen = _choose(recipe.quantize, checkpoint, tensors)
+    units = [_unit(t, chosen.linears.get(t.name), recipe, target, str(checkpoint.folder)) for t in tensors]
+    _refuse_twice(units, str(checkpoint.folder))
+    shards, units = _shard(units, recipe, target)
+    config = dict(target.config)
+    if recipe.quantize is not None:
+        method = recipe.quantize.implementation
+        compute = next(u.weight.dtype for u in units if u.weight is not None)
+        config["quantization_config"] = method.config(recipe.quantize.params, compute, chosen.skipped)
+    warnings = [
+        *checkpoint.notes, *target.notes, *_misfits(checkpoint, tensors, chosen),
+        *_warnings(units, recipe, chosen, target, len(shards)),
+    ]  # fmt: skip
     identity = digest(
         {
             "quantkit": __version__,
@@ -137,21 +132,78 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
             "files": [[f.name, f.nbytes, f.identity] for f in checkpoint.files],
             "side_files": checkpoint.side_files,
             "config": config,
+            "params": checkpoint.params,
+            "generated": {name: hashlib.sha256(data).hexdigest() for name, data in target.generated.items()},
             "card": digest(checkpoint.parent_card),
             "tensors": [[[t.name, t.dtype, list(t.shape)], t.file, t.offset] for u in units for t in u.outputs],
         }
     )
-    plan = Plan(recipe, origin, name, identity, tuple(units), shards, (), config, memory, tuple(warnings), {})
-    plan = replace(
-        plan, draft=draft_manifest(plan, checkpoint, skipped, stripped, "quantkit" if warning else "transformers")
-    )
-    return replace(plan, files=tuple(_files(plan, checkpoint)))
+    plan = Plan(
+        recipe, origin, chosen.architecture or str(checkpoint.config.get("model_type")), identity, tuple(units), shards,
+        (), config, target.layout, target.config_file, target.index_file, target.copies, target.generated,
+        _memory(units, recipe, chosen, target), tuple(warnings), {},
+    )  # fmt: skip
+    loader = "quantkit" if chosen.warning else "transformers" if target.layout == "hf" else "mistral-inference"
+    draft = draft_manifest(plan, checkpoint, target, chosen.skipped, loader)
+    plan = replace(plan, draft=draft)
+    return replace(plan, files=tuple(_files(plan)))
 
 
-def _unit(source: TensorInfo, linear: Linear | None, recipe: Recipe, where: str) -> Unit:
+def _target(recipe: Recipe, checkpoint: Checkpoint) -> Target:
+    convert = recipe.convert
+    if convert is not None and convert.to == "mistral":
+        return mistral_target(
+            checkpoint, profile=convert.profile, weights_format=convert.weights_format, tokenizer=convert.tokenizer
+        )
+    if convert is None:
+        return make_hf_target(checkpoint, tokenizer="if there is one")
+    return make_hf_target(checkpoint, tokenizer="required" if convert.tokenizer else "none")
+
+
+def _check_device(recipe: Recipe) -> None:
+    method = recipe.quantize.implementation if recipe.quantize is not None else None
+    if method is not None and recipe.resources.device.partition(":")[0] not in method.devices:
+        raise UsageError(
+            f"{method.name} with {method.bits} bits does not encode on {recipe.resources.device!r}",
+            hint=f"use --device {' or '.join(method.devices)}",
+        )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Which linears are encoded, by tensor name; what config.json lists as left alone; the architecture's name, and its
+    warning about readers; how many linears there are."""
+
+    linears: Mapping[str, Linear] = field(default_factory=dict)
+    all: Sequence[Linear] = ()
+    skipped: tuple[str, ...] = ()
+    architecture: str = ""
+    warning: str = ""
+    derived: bool = False  # transformers was asked, and so torch is there
+
+
+def _choose(quantize: Quantize, checkpoint: Checkpoint, tensors: Sequence[SourceTensor]) -> _Chosen:
+    linears, skip_modules, name, warning = find_linears(checkpoint, [t.name for t in tensors])
+    modules = [t.name.removesuffix(".weight") for t in tensors if t.name.endswith(".weight")]
+    left_out = select(modules, quantize.skip)
+    chosen = {f"{linear.module}.weight": linear for linear in linears if linear.module not in left_out}
+    if not chosen:
+        raise SourceError(
+            f"nothing is left to quantize: {len(linears)} linear layers found, all of them skipped",
+            where=str(checkpoint.folder), hint="check --skip, and that config.json belongs to these weights",
+        )  # fmt: skip
+    skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
+    return _Chosen(chosen, linears, skipped, name, warning, architectures.find(checkpoint.config) is None)
+
+
+def _unit(source: SourceTensor, linear: Linear | None, recipe: Recipe, target: Target, where: str) -> Unit:
     # Offsets and files of the outputs are filled in by _shard.
-    if linear is None:
-        return Unit(source, (TensorInfo(source.name, source.dtype, source.shape, "", 0),))
+    if linear is None or recipe.quantize is None:
+        written = TensorInfo(target.names[source.name], source.dtype, source.shape, "", 0)
+        head_dim = target.head_dims.get(source.name, 0)
+        return Unit(
+            source, (written,), head_dim=head_dim, granule=math.lcm(source.granule, head_dim * source.columns or 1)
+        )
     if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
         raise SourceError(
             f"tensor {source.name!r} is {source.dtype} {list(source.shape)}: no 16- or 32-bit float matrix",
@@ -161,37 +213,88 @@ def _unit(source: TensorInfo, linear: Linear | None, recipe: Recipe, where: str)
     weight = WeightSpec(linear.module, source.dtype, rows, columns)
     method = recipe.quantize.implementation
     outputs = tuple(TensorInfo(s.name, s.dtype, s.shape, "", 0) for s in method.outputs(weight, recipe.quantize.params))
-    return Unit(source, outputs, linear, weight)
+    granule = 0 if linear.transposed else math.lcm(source.granule, method.granule(weight))
+    return Unit(source, outputs, linear, weight, granule=granule)
 
 
-def _shard(units: list[Unit], shard_size: int) -> tuple[tuple[Shard, ...], list[Unit]]:
+def _refuse_twice(units: Sequence[Unit], where: str) -> None:
+    written = Counter(t.name for u in units for t in u.outputs)
+    if (twice := next((name for name, n in written.items() if n > 1), None)) is not None:
+        raise SourceError(
+            f"the source holds {quote(twice)}, a name that quantizing would give to another tensor",
+            where=where, hint="the source is quantized already, or its tensors need other names",
+        )  # fmt: skip
+
+
+def _shard(units: list[Unit], recipe: Recipe, target: Target) -> tuple[tuple[Shard, ...], list[Unit]]:
     """Fills shards greedily in the units' order; what belongs to one linear stays in one file."""
     groups: list[list[Unit]] = [[]]
     filled = 0
+    limit = recipe.largest_file
     for unit in units:
         size = sum(t.nbytes for t in unit.outputs)
-        if groups[-1] and filled + size > shard_size:
+        if groups[-1] and limit is not None and filled + size > limit:
             groups.append([])
             filled = 0
         groups[-1].append(unit)
         filled += size
+    if len(groups) > 1 and target.container == "pth":
+        raise UsageError(
+            f"a {target.single} is one file of {sum(t.nbytes for u in units for t in u.outputs):,} bytes",
+            hint="leave --shard-size out, or take --weights-format safetensors",
+        )
     shards, placed = [], []
     for number, group in enumerate(groups, 1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        specs: list[TensorSpec] = aligned_order([t for u in group for t in u.outputs])
-        header, offsets = build_header(specs)
-        at = {s.name: TensorInfo(s.name, s.dtype, s.shape, name, o) for s, o in zip(specs, offsets, strict=True)}
-        end = offsets[-1] + specs[-1].nbytes
-        shards.append(Shard(name, header, end, tuple(at.values())))
+        name = target.single if len(groups) == 1 else target.numbered.format(number, len(groups))
+        shard = _lay_out(name, [t for u in group for t in u.outputs], target)
+        at = {t.name: t for t in shard.tensors}
+        shards.append(shard)
         placed += [replace(u, outputs=tuple(at[t.name] for t in u.outputs)) for u in group]
     return tuple(shards), placed
 
 
-def _misfits(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], linears: Sequence[Linear]) -> list[str]:
+def _lay_out(name: str, tensors: Sequence[TensorSpec], target: Target) -> Shard:
+    def at(specs: Sequence[TensorSpec], offsets: Sequence[int]) -> tuple[TensorInfo, ...]:
+        return tuple(TensorInfo(s.name, s.dtype, s.shape, name, o) for s, o in zip(specs, offsets, strict=True))
+
+    if target.container == "pth":
+        layout = plan_torch_zip(tensors, folder=name.rpartition(".")[0])
+        return Shard(name, layout.fixed, layout.nbytes, at(tensors, layout.offsets), layout)
+    specs = aligned_order(tensors)
+    header, offsets = build_header(specs)
+    return Shard(name, ((0, header),), offsets[-1] + specs[-1].nbytes, at(specs, offsets))
+
+
+def _memory(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Target) -> MemoryPlan:
+    checked = recipe.convert is not None and recipe.convert.check
+    return plan_memory(
+        (Work(u.source, u.granule, u.linear is not None, _copies(u, checked=checked)) for u in units),
+        tensors=sum(len(u.outputs) for u in units),
+        threads=recipe.resources.threads,
+        limit=recipe.resources.max_memory,
+        device=recipe.resources.device,
+        derived=chosen.derived,
+        extra=3 * sum(map(len, target.generated.values())),
+    )
+
+
+def _copies(unit: Unit, *, checked: bool) -> float:
+    """How many slabs a worker makes of one, at the most at one time."""
+    arranged = (unit.source.head_dim > 0) + (len(unit.source.parts) > 1) + unit.source.turned
+    arranged += 2 * (unit.source.scales is not None)
+    if unit.linear is not None:  # what it encodes to: at most half of it (int8 from 16 bits)
+        return 0.5 + unit.linear.transposed + arranged
+    written = unit.head_dim > 0
+    # Read back, turned back step by step, and compared eight bytes at a time.
+    return arranged + written + (1.25 + written + arranged if checked else 0)
+
+
+def _misfits(checkpoint: Checkpoint, tensors: Sequence[SourceTensor], chosen: _Chosen) -> list[str]:
     """Where config.json and the weights contradict each other: what is written then will not load, or not work."""
     row = architectures.find(checkpoint.config)
     if row is None:
         return []
+    linears = chosen.all or architectures.linears(row, checkpoint.config, [t.name for t in tensors])
     found = []
     for t in tensors:
         shape = architectures.expected_shape(row, checkpoint.config, t.name)
@@ -209,17 +312,19 @@ def _misfits(checkpoint: Checkpoint, tensors: Sequence[TensorInfo], linears: Seq
     return [f"the weights do not fit config.json: {what}" for what in found[:3]]
 
 
-def _warnings(units: Sequence[Unit], recipe: Recipe, reader: str, stripped: Sequence[str]) -> list[str]:
-    warnings = [reader] if reader else []
+def _warnings(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Target, shards: int) -> list[str]:
+    warnings = [chosen.warning] if chosen.warning else []
     odd = [u for u in units if u.weight is not None and (u.weight.columns % 64 or u.weight.rows % 32)]
-    if odd and recipe.quantize.bits == 4:
+    if odd and recipe.quantize is not None and recipe.quantize.bits == 4:
         warnings.append(
             f"{len(odd)} layers have a width that 64 does not divide, or a height that 32 does not ({odd[0].name}): on "
             "CPUs with AVX-512, bitsandbytes 0.50 fails on them or computes wrong numbers; load with quantkit.load "
             "there, or use a GPU"
         )
-    if "auto_map" in stripped:
+    if "auto_map" in target.stripped:
         warnings.append("auto_map was taken out of config.json: the model's own Python code is not copied and not run")
+    if target.layout == "mistral" and shards > 1:
+        warnings.append(f"mistral-inference reads a single {target.single}; vLLM reads these {shards} files too")
     return warnings
 
 
@@ -231,12 +336,13 @@ def weight_map(plan: Plan) -> dict[str, str]:
     return {t.name: shard.name for shard in plan.shards for t in shard.tensors}
 
 
-def _files(plan: Plan, checkpoint: Checkpoint) -> list[PlannedFile]:
+def _files(plan: Plan) -> list[PlannedFile]:
     files = [PlannedFile(s.name, s.nbytes, WEIGHTS) for s in plan.shards]
     if len(plan.shards) > 1:
-        files.append(PlannedFile(SAFETENSORS_INDEX, len(index_text(weight_map(plan), plan.weight_bytes)), INDEX))
-    files += [PlannedFile(name, size, COPY) for name, size in checkpoint.side_files]
-    files.append(PlannedFile("config.json", len(config_text(plan.config)), CONFIG))
+        files.append(PlannedFile(plan.index_file, len(index_text(weight_map(plan), plan.weight_bytes)), INDEX))
+    files += [PlannedFile(file.name, file.nbytes, COPY) for file in plan.copies]
+    files += [PlannedFile(name, len(data), GENERATED) for name, data in plan.generated.items()]
+    files.append(PlannedFile(plan.config_file, len(config_text(plan.config)), CONFIG))
     # Manifest and card are rendered here once with stand-ins of the same width as what the run will measure.
     manifest = finish_manifest(plan.draft, Measured.placeholder(plan, files), files)
     files.append(PlannedFile("quantkit.json", len(manifest_text(manifest)), MANIFEST))

@@ -10,11 +10,15 @@ from typing import Any
 
 from quantkit.architectures import Linear
 from quantkit.checkpoint.header import TensorInfo
+from quantkit.checkpoint.torch_zip_writer import TorchZipPlan
+from quantkit.checkpoint.views import SourceTensor
+from quantkit.layouts import CopiedFile
 from quantkit.memory import MemoryPlan
 from quantkit.methods.base import WeightSpec
 from quantkit.recipe import Recipe
 
-WEIGHTS, INDEX, CONFIG, MANIFEST, CARD, COPY = "weights", "index", "config", "manifest", "card", "copy"
+WEIGHTS, INDEX, CONFIG, MANIFEST, CARD = "weights", "index", "config", "manifest", "card"
+COPY, GENERATED = "copy", "generated"
 
 
 @dataclass(frozen=True)
@@ -28,15 +32,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest thing committed: one source tensor and what is written for it.
+    """The smallest thing committed: one tensor of the model and what is written for it.
 
-    `linear` and `weight` are set where it is encoded; otherwise its bytes are copied to the single output.
+    `linear` and `weight` are set where it is encoded; otherwise its elements are copied to the single output, with the
+    rows of each head of `head_dim` in pairs where that is not 0. It is worked on in runs of whole granules, in
+    elements; 0: all at once.
     """
 
-    source: TensorInfo
+    source: SourceTensor
     outputs: tuple[TensorInfo, ...]
     linear: Linear | None = None
     weight: WeightSpec | None = None
+    head_dim: int = 0
+    granule: int = 8
 
     @property
     def name(self) -> str:
@@ -52,12 +60,13 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """One weight file: its header, ready to write, and its size."""
+    """One weight file: what of it is known beforehand, by offset, and its size. `zip` if it is a torch file."""
 
     name: str
-    header: bytes
+    fixed: tuple[tuple[int, bytes], ...]
     nbytes: int
     tensors: tuple[TensorInfo, ...]
+    zip: TorchZipPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,12 @@ class Plan:
     units: tuple[Unit, ...]
     shards: tuple[Shard, ...]
     files: tuple[PlannedFile, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # of the output's layout
+    layout: str
+    config_file: str
+    index_file: str
+    copies: tuple[CopiedFile, ...]
+    generated: Mapping[str, bytes]
     memory: MemoryPlan
     warnings: tuple[str, ...]
     draft: Mapping[str, Any]  # the manifest without what only the run can measure
@@ -96,10 +110,15 @@ class Plan:
         return sum(u.source.numel for u in self.units)
 
     @property
-    def bits_per_weight(self) -> float:
-        """Of the encoded linears, companions included."""
+    def bits_per_weight(self) -> float | None:
+        """Of the encoded linears, companions included; None if there are none."""
         weights = sum(u.source.numel for u in self.encoded)
-        return 8 * sum(t.nbytes for u in self.encoded for t in u.outputs) / weights
+        return 8 * sum(t.nbytes for u in self.encoded for t in u.outputs) / weights if weights else None
+
+    @property
+    def checked(self) -> bool:
+        """Whether what is copied is mapped back and compared with the source."""
+        return self.recipe.convert is not None and self.recipe.convert.check
 
     @property
     def model_bits_per_weight(self) -> float:
@@ -111,6 +130,7 @@ class Plan:
             "plan_hash": self.hash,
             "source": asdict(self.origin),
             "architecture": self.architecture,
+            "layout": self.layout,
             "recipe": self.recipe.canonical(),
             "parameters": self.parameters,
             "source_bytes": self.source_bytes,

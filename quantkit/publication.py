@@ -18,10 +18,11 @@ from typing import Any
 
 from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
 from quantkit.errors import RunError
-from quantkit.layouts import Checkpoint
+from quantkit.layouts import Checkpoint, Target
 from quantkit.methods.base import Report
 from quantkit.parent_card import ParentCard, read_parent_card
 from quantkit.plans import CARD, MANIFEST, Plan, PlannedFile, Unit
+from quantkit.recipe import SHARD_SIZE
 from quantkit.version import __version__
 
 FORMAT = 1
@@ -51,17 +52,15 @@ class Measured:
 
 
 def draft_manifest(
-    plan: Plan, checkpoint: Checkpoint, skipped: Iterable[str], stripped: Iterable[str], loader: str
+    plan: Plan, checkpoint: Checkpoint, target: Target, skipped: Iterable[str], loader: str
 ) -> dict[str, Any]:
     """All of the manifest that is known before the run."""
-    quantize = plan.recipe.quantize
-    about = quantize.implementation.describe(quantize.params)
     parent = read_parent_card(checkpoint.parent_card)
     kept: dict[str, int] = defaultdict(int)
     for unit in plan.units:
         if unit.linear is None:
             kept[_kind(unit.name)] += unit.source.nbytes
-    return {
+    table: dict[str, Any] = {
         "format": FORMAT,
         "quantkit": __version__,
         "plan_hash": plan.hash,
@@ -71,27 +70,23 @@ def draft_manifest(
             "name": plan.origin.name,
             "base_model": plan.recipe.card.base_model or plan.origin.base_model,
             "revision": plan.origin.revision,
+            "layout": checkpoint.layout,
             "architecture": plan.architecture,
             "parameters": plan.parameters,
-            "bytes": plan.source_bytes,
-            "removed_from_config": list(stripped),
+            "bytes": sum(p.nbytes for u in plan.units for p in u.source.parts),
+            "removed_from_config": list(target.stripped),
+            "dropped": [*checkpoint.dropped, *(name for name in checkpoint.tensors if name not in target.names)],
             "files": [{"name": f.name, "bytes": f.nbytes} for f in checkpoint.files],
         },
-        "method": {
-            "title": about.title,
-            "slug": about.slug,
-            "bits": quantize.bits,
-            "tags": list(about.tags),
-            "settings": [list(row) for row in about.settings],
-            "skipped_modules": list(skipped),
-        },
+        "method": _about(plan, skipped),
         "result": {
-            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "layout": plan.layout,
+            "bits_per_weight": None if plan.bits_per_weight is None else round(plan.bits_per_weight, 4),
             "model_bits_per_weight": round(plan.model_bits_per_weight, 4),
             "weight_bytes": plan.weight_bytes,
             "kept": sorted(([k, n] for k, n in kept.items()), key=lambda row: -int(row[1])),
             "loader": loader,
-            "chat": _has_chat_template(checkpoint),
+            "chat": _has_chat_template(checkpoint) and plan.layout == "hf",
             "warnings": list(plan.warnings),
         },
         "parent": {
@@ -107,6 +102,42 @@ def draft_manifest(
             **{name: version(name) for name in ("numpy", "numba")},
         },
     }
+    if target.recorded:
+        table["recorded"] = dict(target.recorded)
+    return table
+
+
+def _about(plan: Plan, skipped: Iterable[str]) -> dict[str, Any]:
+    """What was done, as the card names it."""
+    if (quantize := plan.recipe.quantize) is None:
+        words = {"hf": "the Hugging Face layout", "mistral": "the mistral-src layout"}[plan.layout]
+        return {"title": words, "slug": {"hf": "hf", "mistral": "mistral-src"}[plan.layout], "bits": None,
+                "tags": ["conversion"] if plan.layout == "hf" else ["conversion", "mistral-src"],
+                "settings": _settings(plan), "skipped_modules": [],
+                "decoded": sum(u.source.scales is not None for u in plan.units)}  # fmt: skip
+    about = quantize.implementation.describe(quantize.params)
+    return {
+        "title": about.title,
+        "slug": about.slug,
+        "bits": quantize.bits,
+        "tags": list(about.tags),
+        "settings": [list(row) for row in about.settings],
+        "skipped_modules": list(skipped),
+    }
+
+
+def _settings(plan: Plan) -> list[list[str]]:
+    turned = sum(u.head_dim > 0 or u.source.head_dim > 0 for u in plan.units)
+    decoded = sum(u.source.scales is not None for u in plan.units)
+    rows = [
+        ["Tensors", f"{len(plan.units):,}"],
+        ["Tensors whose rows were put in the other rotary order", f"{turned:,}"],
+    ]
+    if decoded:
+        rows.append(["Tensors decoded from FP8 to bfloat16", f"{decoded:,}"])
+    if (convert := plan.recipe.convert) is not None and convert.profile != "current":
+        rows.append(["Profile", convert.profile])
+    return rows
 
 
 def finish_manifest(draft: Mapping[str, Any], measured: Measured, files: Iterable[PlannedFile]) -> dict[str, Any]:
@@ -172,6 +203,11 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
     card = manifest["recipe"]["card"]
     facts = CardFacts(
         name=f"{source['name'].rsplit('/', 1)[-1]}-{method['slug']}",
+        layout=result["layout"],
+        checked=manifest["recipe"].get("convert", {}).get("check", False),
+        tensors=len(manifest["tensors"]),
+        decoded=method.get("decoded", 0),
+        old_reference=manifest["recipe"].get("convert", {}).get("profile") == "one-file-ref-2023",
         base_model=source["base_model"],
         source_name=source["name"],
         revision=source["revision"],
@@ -209,17 +245,29 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
 def _command(manifest: Mapping[str, Any]) -> str:
     """The command that makes this folder again, with a stand-in for the output path."""
     recipe, source = manifest["recipe"], manifest["source"]
-    quantize = recipe["quantize"]
-    words = ["quantkit", "quantize", source["name"], "-o", "OUT", "--bits", str(quantize["bits"])]
+    quantize, convert = recipe.get("quantize"), recipe.get("convert", {})
+    words = ["quantkit", "quantize" if quantize else "convert", source["name"], "-o", "OUT"]
+    if quantize:
+        words += ["--bits", str(quantize["bits"])]
+        if quantize.get("quant_type", "nf4") != "nf4":
+            words += ["--quant-type", quantize["quant_type"]]
+        if quantize.get("double_quant") is False:
+            words.append("--no-double-quant")
+        for pattern in quantize["skip"]:
+            words += ["--skip", pattern]
+        words += [f"--set=convert.{key}={value}" for key, value in convert.items() if value is not True]
+    else:
+        words += ["--to", convert["to"]]
+        if convert["profile"] != "current":
+            words += ["--profile", convert["profile"]]
+        if "weights_format" in convert:
+            words += ["--weights-format", convert["weights_format"]]
+        words += [f"--no-{key}" for key in ("tokenizer", "check") if not convert[key]]
+    for key, value in recipe.get("native", {}).items():
+        words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
     if source["revision"]:
         words += ["--revision", source["revision"]]
-    if quantize.get("quant_type", "nf4") != "nf4":
-        words += ["--quant-type", quantize["quant_type"]]
-    if quantize.get("double_quant") is False:
-        words.append("--no-double-quant")
-    for pattern in quantize["skip"]:
-        words += ["--skip", pattern]
-    if recipe["shard_size"] != 5 * 10**9:
+    if recipe["shard_size"] not in (None, SHARD_SIZE):
         words += ["--shard-size", str(recipe["shard_size"])]
     if recipe["allow_nonfinite"]:
         words.append("--allow-nonfinite")

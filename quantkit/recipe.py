@@ -11,16 +11,18 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Protocol
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.errors import RecipeError
+from quantkit.layouts.base import NativeOptions
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, Parameters
 
 DEPTH = 2  # of a recipe: keys in blocks
+SHARD_SIZE = 5 * 10**9
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -57,6 +59,37 @@ class Quantize(_Block):
         return METHODS[self.method, self.bits]
 
 
+class Convert(_Block):
+    """`convert:`, which layout to write, and how. `profile` is for whom a mistral-src folder is written: today's
+    programs, or the reference program of September 2023."""
+
+    to: Literal["hf", "mistral"]
+    profile: Literal["current", "one-file-ref-2023"] = "current"
+    weights_format: Literal["safetensors", "pth"] | None = None
+    tokenizer: bool = True
+    check: bool = True
+
+    @model_validator(mode="after")
+    def _native_only(self) -> Convert:
+        if self.to == "hf" and self.profile != "current":
+            raise ValueError("profile is for a folder in the mistral layout")
+        if self.to == "hf" and self.weights_format == "pth":
+            raise ValueError("weights_format pth is for a folder in the mistral layout")
+        return self
+
+
+class Native(_Block):
+    """`native:`, what the params.json of a source in a native layout leaves unsaid."""
+
+    rope_theta: Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False, strict=False)] | None = None
+    context: int | None = Field(None, ge=1, lt=2**31)
+    text_only: bool = False
+
+    @property
+    def options(self) -> NativeOptions:
+        return NativeOptions(self.rope_theta, self.context, self.text_only)
+
+
 class Card(_Block):
     """`card:`, what only the publisher knows."""
 
@@ -77,27 +110,41 @@ class Recipe(_Block):
     source: str
     revision: str | None = None
     output: str | None = None
-    quantize: Quantize
-    shard_size: Size = 5 * 10**9
+    quantize: Quantize | None
+    convert: Convert | None = None
+    native: Native = Native()
+    shard_size: Size | None = None
     allow_nonfinite: bool = False
     card: Card = Card()
     resources: Resources = Resources()
 
     def canonical(self) -> dict[str, Any]:
         """The part of the recipe that determines the output's bytes, as plain data with stable keys."""
-        quantize = self.quantize
-        return {
-            "quantize": {
+        table: dict[str, Any] = {}
+        if (quantize := self.quantize) is not None:
+            table["quantize"] = {
                 "method": quantize.method,
                 "bits": quantize.bits,
                 **quantize.params.model_dump(),
                 "skip": list(quantize.skip),
-            },
-            "shard_size": self.shard_size,
+            }
+        if self.convert is not None:
+            table["convert"] = self.convert.model_dump(exclude_none=True)
+        if (native := self.native.model_dump(exclude_defaults=True)) != {}:
+            table["native"] = native
+        return table | {
+            "shard_size": self.largest_file,
             "allow_nonfinite": self.allow_nonfinite,
             "card": self.card.model_dump(),
             "device": self.resources.device,
         }
+
+    @property
+    def largest_file(self) -> int | None:
+        """Bytes of tensors in a weight file at most: 5 GB if nothing is said. None, no limit, for a native folder:
+        Mistral's own programs read a single file."""
+        native = self.convert is not None and self.convert.to == "mistral"
+        return self.shard_size or (None if native else SHARD_SIZE)
 
     def to_yaml(self, source: str, revision: str | None) -> str:
         """A recipe file that reproduces this run: the source by the name given, no path of this machine."""
@@ -106,10 +153,19 @@ class Recipe(_Block):
         if device != "cpu":
             table["resources"] = {"device": device}
         table["card"] = {k: v for k, v in table["card"].items() if v is not None}
-        if not table["quantize"]["skip"]:
+        if not table.get("quantize", {}).get("skip", True):
             del table["quantize"]["skip"]
+        if self.shard_size is None:
+            del table["shard_size"]
         table = {k: v for k, v in table.items() if v not in ({}, False)}
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
+
+
+_BLOCKS: dict[str, type[_Block]] = {"convert": Convert, "native": Native, "card": Card, "resources": Resources}
+
+
+class _Fail(Protocol):
+    def __call__(self, what: str, keys: tuple[str, ...], hint: str = "") -> RecipeError: ...
 
 
 def load_recipe(path: Path | None, assignments: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
@@ -146,9 +202,55 @@ def build_recipe(
         return RecipeError(what, where=place, hint=hint)
 
     table = dict(table)
-    block = table.get("quantize", {})
-    if not isinstance(block, dict):
-        raise fail("quantize is not a block of keys", ("quantize",), "write `quantize:` and indent its keys below")
+    for key in ("quantize", "convert"):
+        if not isinstance(table.get(key, {}), dict):
+            raise fail(f"{key} is not a block of keys", (key,), f"write `{key}:` and indent its keys below")
+    implementation: Method[Any] | None = None
+    if "quantize" not in table and "convert" in table:
+        table["quantize"] = None
+    else:
+        implementation, block = _method(table.get("quantize", {}), fail)
+    try:
+        if implementation is not None:
+            table["quantize"] = _quantize(implementation, block, fail)
+        for key, model in _BLOCKS.items():
+            if isinstance(table.get(key), dict):
+                table[key] = model.model_validate(table[key])
+        converted = table.get("convert")
+        if implementation is not None and isinstance(converted, Convert) and converted.to == "mistral":
+            raise fail(
+                f"{implementation.name} weights have no form in the mistral layout: no program would read them there",
+                ("convert", "to"), "leave out either the quantize block or the convert block",
+            )  # fmt: skip
+        return Recipe.model_validate(table)
+    except ValidationError as e:
+        error = e.errors()[0]
+        title = e.title
+    prefix: tuple[str, ...] = ()
+    if title == "Quantize" or (implementation is not None and title == implementation.params.__name__):
+        prefix = ("quantize",)
+    prefix = next(((key,) for key, model in _BLOCKS.items() if model.__name__ == title), prefix)
+    keys = (*prefix, *(str(part) for part in error["loc"]))
+    dotted = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        models: list[type[BaseModel]] = [Recipe, *_BLOCKS.values()]
+        known = next((m for m in models if m.__name__ == title), None)
+        names, other = list(known.model_fields) if known is not None else [], []
+        if known is None and implementation is not None:
+            names = [*implementation.params.model_fields, "method", "bits", "skip"]
+            other = [n for m in METHODS.values() for n in m.params.model_fields]
+        if keys[-1] in other:
+            what = f"{implementation.name} with {implementation.bits} bits" if implementation is not None else "this"
+            raise fail(f"{keys[-1]} does not apply to {what}", keys, "leave it out")
+        raise fail(f"unknown key {dotted!r}", keys, _did_you_mean(keys[-1], names))
+    if error["type"] == "missing":
+        raise fail(f"{dotted} is missing", keys, "name it in the recipe or on the command line")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, f"it is {reprlib.repr(error['input'])}")
+
+
+def _method(block: Mapping[str, Any], fail: _Fail) -> tuple[Method[Any], dict[str, Any]]:
+    """The method that a quantize block names, and what the block says besides."""
     block = dict(block)
     method, bits = block.pop("method", "bnb"), block.pop("bits", 4)
     names = sorted({name for name, _ in METHODS})
@@ -161,39 +263,16 @@ def build_recipe(
         raise fail(
             f"method {method} has no {reprlib.repr(bits)}-bit form", ("quantize", "bits"), f"use --bits {choice}"
         )
-    implementation = METHODS[method, bits]
+    return METHODS[method, bits], block
+
+
+def _quantize(method: Method[Any], block: dict[str, Any], fail: _Fail) -> Quantize:
     skip = block.pop("skip", ())
     skip = [skip] if isinstance(skip, str) else skip
-    try:
-        params = implementation.params.model_validate(block)
-        if not isinstance(skip, (list, tuple)):
-            raise fail("skip is not a list of patterns", ("quantize", "skip"), "for example [lm_head, layers.0]")
-        table["quantize"] = Quantize.model_validate(
-            {"method": method, "bits": bits, "skip": tuple(skip), "params": params}
-        )
-        for key, model in (("card", Card), ("resources", Resources)):
-            if isinstance(table.get(key), dict):
-                table[key] = model.model_validate(table[key])
-        return Recipe.model_validate(table)
-    except ValidationError as e:
-        error = e.errors()[0]
-        title = e.title
-    prefix = {implementation.params.__name__: ("quantize",), "Quantize": ("quantize",), "Card": ("card",),
-              "Resources": ("resources",)}.get(title, ())  # fmt: skip
-    keys = (*prefix, *(str(part) for part in error["loc"]))
-    dotted = ".".join(keys)
-    if error["type"] == "extra_forbidden":
-        blocks: dict[str, type[BaseModel]] = {"Card": Card, "Resources": Resources, "Recipe": Recipe}
-        known = blocks.get(title)
-        names = list((known or implementation.params).model_fields) + ([] if known else ["method", "bits", "skip"])
-        other = [] if known else [n for m in METHODS.values() for n in m.params.model_fields]
-        if keys[-1] in other:
-            raise fail(f"{keys[-1]} does not apply to {method} with {bits} bits", keys, "leave it out")
-        raise fail(f"unknown key {dotted!r}", keys, _did_you_mean(keys[-1], names))
-    if error["type"] == "missing":
-        raise fail(f"{dotted} is missing", keys, "name it in the recipe or on the command line")
-    message = str(error["msg"]).removeprefix("Value error, ")
-    raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, f"it is {reprlib.repr(error['input'])}")
+    params = method.params.model_validate(block)
+    if not isinstance(skip, (list, tuple)):
+        raise fail("skip is not a list of patterns", ("quantize", "skip"), "for example [lm_head, layers.0]")
+    return Quantize.model_validate({"method": method.name, "bits": method.bits, "skip": tuple(skip), "params": params})
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -11,9 +11,7 @@ one pass over the source is enough: a second read would cost as much as encoding
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import queue
 import resource
 import threading
 import time
@@ -21,25 +19,27 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorInfo, fsync_directory
+from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, fsync_directory
 from quantkit.checkpoint.journal import Journal
-from quantkit.checkpoint.reader import SourceFiles
+from quantkit.checkpoint.reader import SourceFiles, runs_buffer, safe_path
 from quantkit.checkpoint.system import PAGE, page_buffer
-from quantkit.checkpoint.writer import FileLayout, ShardWriter, TrailingHash, copy_file, write_error, write_file
+from quantkit.checkpoint.views import SourceTensor, same_bytes
+from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write_error, write_file
+from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
-from quantkit.errors import Interrupted, RunError, SourceError
-from quantkit.layouts import Checkpoint
-from quantkit.layouts.hf import CONFIG, index_text
-from quantkit.memory import HASH_BUFFER
+from quantkit.errors import Interrupted, RunError, SourceError, VerifyError
+from quantkit.kernels.rope import to_halves, to_pairs
+from quantkit.layouts import Checkpoint, open_checkpoint
+from quantkit.layouts.hf import index_text
+from quantkit.memory import slab_elements
 from quantkit.methods.base import Array, Encoder, Report
 from quantkit.output import open_output
 from quantkit.planner import config_text, weight_map
-from quantkit.plans import CARD, COPY, INDEX, MANIFEST, Plan, Shard, Unit
+from quantkit.plans import CARD, COPY, GENERATED, INDEX, MANIFEST, Plan, Unit
 from quantkit.publication import Measured, finish_manifest, manifest_text, render_from_manifest
 
 READERS = 2  # so that the disk always has a request to work on
@@ -47,7 +47,8 @@ READERS = 2  # so that the disk always has a request to work on
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run went. `reused` counts the units that an earlier, interrupted run had committed."""
+    """How a run went. `reused` counts the units that an earlier, interrupted run had committed; `checked` says in words
+    what was mapped back and compared."""
 
     out: Path
     already_done: bool
@@ -55,6 +56,7 @@ class Outcome:
     peak_rss: int
     units: int
     reused: int
+    checked: str
 
 
 def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, force: bool = False) -> Outcome:
@@ -66,19 +68,22 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         return _outcome(out, plan, started, len(plan.units), already=True)
     try:
         done = {str(e["unit"]): Report(*e["report"]) for e in journal.entries if "unit" in e}
+        crcs = {str(e["unit"]): int(e["crc"]) for e in journal.entries if "crc" in e}
         sources = {str(e["source"]): str(e["sha256"]) for e in journal.entries if "source" in e}
-        layouts = [FileLayout(s.name, s.header, s.nbytes) for s in plan.shards]
+        layouts = [FileLayout(s.name, s.fixed, s.nbytes) for s in plan.shards]
         writer = ShardWriter(out, layouts)
         lost = {u.name for u in plan.units if any(t.file in writer.fresh for t in u.outputs)}
         done = {name: report for name, report in done.items() if name not in lost}
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
-                measured = _Run(plan, files, writer, journal, console, done, sources).run()
+                measured = _Run(plan, files, writer, journal, console, done, sources, crcs).run()
                 files.check_unchanged()
             writer.commit()
         finally:
             writer.close()
         _publish(plan, checkpoint, out, measured)
+        if plan.checked:
+            _reopen(plan, out)
         journal.remove()
     except KeyboardInterrupt:
         again = "the same command without --force" if force else "the same command"
@@ -93,7 +98,14 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
 
 
 def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: bool = False) -> Outcome:
-    return Outcome(out, already, time.monotonic() - started, _peak_rss(), len(plan.units), reused)
+    checked = _checked(plan) if plan.checked and not already else ""
+    return Outcome(out, already, time.monotonic() - started, _peak_rss(), len(plan.units), reused, checked)
+
+
+def _checked(plan: Plan) -> str:
+    decoded = sum(u.source.scales is not None for u in plan.units)
+    same = f"{len(plan.units) - decoded:,} tensors mapped back, each equal to the source bit for bit"
+    return same + (f"; {decoded:,} from FP8 equal to what was decoded" if decoded else "")
 
 
 def _peak_rss() -> int:
@@ -105,16 +117,20 @@ def _peak_rss() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-_Slab = tuple[Array, int, Array, Array]  # elements, offset in the file, the same as bytes, the buffer
+_Slab = tuple[list[Array], Array]  # the bytes of each run, and the buffer that holds them
 
 
 class _Open:
     """A unit whose slabs are under way."""
 
-    def __init__(self, unit: Unit, encoder: Encoder | None, slabs: int) -> None:
-        self.unit, self.encoder = unit, encoder
+    def __init__(self, unit: Unit, encoder: Encoder | None, size: int, slabs: int) -> None:
+        self.unit, self.encoder, self.size = unit, encoder, size
         self._left, self._nonfinite = slabs, 0
         self._lock = threading.Lock()
+
+    def count(self, start: int) -> int:
+        """Elements in the slab that begins at `start`."""
+        return min(self.size, self.unit.source.numel - start)
 
     def slab_done(self, nonfinite: int) -> int | None:
         """Counts a slab. For the last one: how many values of the whole unit were not finite."""
@@ -134,12 +150,14 @@ class _Run:
         console: Console,
         done: dict[str, Report],
         sources: dict[str, str],
+        crcs: dict[str, int],
     ) -> None:
         self.plan, self.files, self.writer, self.console = plan, files, writer, console
         self.reports = dict(done)
         self.pending = [u for u in plan.units if u.name not in done]
-        self.committer = _Committer(plan, writer, journal, set(done))
-        self.hashes = _SourceHashes(files, journal, sources)
+        self.seal = Seal(plan, writer, {name: crc for name, crc in crcs.items() if name in done})
+        self.committer = Committer(plan, writer, journal, set(done), self.seal)
+        self.hashes = SourceHashes(files, journal, sources)
 
     def run(self) -> Measured:
         total = sum(u.source.nbytes for u in self.pending)
@@ -164,9 +182,10 @@ class _Run:
                         break
                     if ahead:
                         state, start, reading = ahead.popleft()
-                        x, offset, raw, buffer = reading.result()
-                        self.hashes.feed(state.unit.source.file, offset, raw)
-                        in_flight.append((state, workers.submit(self._slab, state, start, x), buffer))
+                        raw, buffer = reading.result()
+                        for run, data in zip(state.unit.source.runs(start, state.count(start)), raw, strict=True):
+                            self.hashes.feed(run.file, run.offset, data)
+                        in_flight.append((state, workers.submit(self._slab, state, start, raw), buffer))
                     # Half of the buffers are for slabs read ahead, half for those being encoded.
                     if len(in_flight) > count // 2 or not ahead:
                         free.append(self._reap(in_flight, progress))
@@ -180,42 +199,40 @@ class _Run:
 
     def _slabs(self) -> Iterator[tuple[_Open, int, int]]:
         """(unit, first element, number of elements) of every slab to do, in file order."""
-        method, params = self.plan.recipe.quantize.implementation, self.plan.recipe.quantize.params
         for unit in self.pending:
-            # A multiple of 8 elements begins and ends at a byte, whatever the dtype.
-            size = max(8, self.plan.memory.slab // DTYPE_BITS[unit.source.dtype] * 8)
+            size = slab_elements(unit.source, unit.granule, self.plan.memory.slab)
             encoder = None
-            if unit.weight is not None and unit.linear is not None:
-                encoder = method.encoder(unit.weight, params, self.plan.recipe.resources.device)
-                granule = method.granule(unit.weight)
-                size = unit.source.numel if unit.linear.transposed else max(granule, size // granule * granule)
-            starts = range(0, unit.source.numel, size) or range(1)
-            state = _Open(unit, encoder, len(starts))
-            for start in starts:
-                yield state, start, min(size, unit.source.numel - start)
+            if unit.weight is not None and (quantize := self.plan.recipe.quantize) is not None:
+                encoder = quantize.implementation.encoder(
+                    unit.weight, quantize.params, self.plan.recipe.resources.device
+                )
+            starts = range(0, unit.source.numel, size) if size else ()
+            state = _Open(unit, encoder, size, max(1, len(starts)))
+            for start in starts or (0,):
+                yield state, start, state.count(start)
 
-    def _read(self, source: TensorInfo, start: int, count: int, buffer: Array) -> _Slab:
-        """Elements as bit patterns, where they lie in the file and as bytes, and the buffer that holds them. Types that
-        are not floats come as bytes."""
-        bits = DTYPE_BITS[source.dtype]
-        offset, nbytes = source.offset + start * bits // 8, count * bits // 8
-        if buffer.size < (nbytes // PAGE + 2) * PAGE:
-            buffer = page_buffer(nbytes)
-        raw = self.files.read_aside(buffer, source.file, offset, nbytes)
-        if source.dtype not in FLOATS:
-            return raw, offset, raw, buffer
-        if offset % (bits // 8):  # a header of odd length leaves every tensor askew; kernels want them aligned
-            ctypes.memmove(buffer.ctypes.data, raw.ctypes.data, nbytes)  # within the buffer: no copy that no plan knows
-            raw = buffer[:nbytes]
-        return raw.view(f"u{bits // 8}"), offset, raw, buffer
+    def _read(self, source: SourceTensor, start: int, count: int, buffer: Array) -> _Slab:
+        """The bytes of a run of elements, as they are stored, in `buffer` or a larger one."""
+        runs = source.runs(start, count)
+        if buffer.size < sum((run.nbytes // PAGE + 2) * PAGE for run in runs):
+            buffer = runs_buffer(runs)
+        return self.files.read_runs(buffer, runs, max(1, DTYPE_BITS[source.stored] // 8)), buffer
 
-    def _slab(self, state: _Open, start: int, x: Array) -> bool:
-        """Checks, encodes and writes one slab, in a worker. Finishes the unit with its last one, and says so."""
+    def _slab(self, state: _Open, start: int, raw: list[Array]) -> bool:
+        """Arranges, encodes or copies, and writes one slab, in a worker. Finishes the unit with its last one, and says
+        so."""
         unit, source = state.unit, state.unit.source
-        zeroed = self._check_finite(unit, start, x) if source.dtype in FLOATS else 0
+        x = source.arrange(raw, start)
         main = unit.outputs[0]
+        zeroed = 0
+        if self.plan.recipe.quantize is not None and source.dtype in FLOATS:
+            zeroed = self._check_finite(unit, start, x)
         if state.encoder is None:
-            self.writer.write(main.file, main.offset + start * DTYPE_BITS[source.dtype] // 8, x)
+            y = to_pairs(x, unit.head_dim, source.columns) if unit.head_dim else x
+            offset = main.offset + start * DTYPE_BITS[source.dtype] // 8
+            self.writer.write(main.file, offset, y)
+            if self.plan.checked:
+                self._map_back(unit, start, raw, x, offset)
         else:
             if unit.linear is not None and unit.linear.transposed:
                 x = np.ascontiguousarray(x.reshape(source.shape).T).reshape(-1)
@@ -231,8 +248,25 @@ class _Run:
                 self.writer.write(info.file, info.offset, companions[info.name])
             report = Report(measured.squared_error, measured.squared_norm, nonfinite)
         self.reports[unit.name] = report
+        self.seal.tensor(unit)
         self.committer.put(unit, report)
         return True
+
+    def _map_back(self, unit: Unit, start: int, raw: list[Array], x: Array, offset: int) -> None:
+        """Reads a slab that was written, undoes every step, and compares with the bytes that were read. FP8 has no way
+        back: there, what was decoded is compared."""
+        source = unit.source
+        back = np.empty(x.nbytes, np.uint8)
+        self.writer.read_back(unit.outputs[0].file, offset, back)
+        y = back.view(x.dtype)
+        if unit.head_dim:
+            y = to_halves(y, unit.head_dim, source.columns)
+        pairs = [(y, x)] if source.scales is not None else zip(source.restore(y, raw), raw, strict=True)
+        if not all(same_bytes(a, b) for a, b in pairs):
+            raise RunError(
+                f"tensor {unit.name!r}, mapped back, is not what was read: a fault of quantkit or of the disk",
+                where=f"{self.writer.folder}/{unit.outputs[0].file}", hint="run the same command with --force",
+            )  # fmt: skip
 
     def _check_finite(self, unit: Unit, start: int, x: Array) -> int:
         """SourceError at a NaN or an infinity; where they are allowed, sets those of a weight to encode to zero and
@@ -264,125 +298,30 @@ class _Run:
         return buffer
 
 
-class _Committer(threading.Thread):
-    """Makes finished units durable, in batches: data synced, then journalled, then hashed. Its failure is the run's:
-    kept, and raised where the main thread looks."""
-
-    def __init__(self, plan: Plan, writer: ShardWriter, journal: Journal, done: set[str]) -> None:
-        super().__init__(name="committer", daemon=True)
-        self.failure: BaseException | None = None
-        self.writer, self.journal = writer, journal
-        self.queue: queue.SimpleQueue[tuple[Unit, Report] | None] = queue.SimpleQueue()
-        outputs = {t.name: u.name for u in plan.units for t in u.outputs}
-        buffer = memoryview(bytearray(HASH_BUFFER))
-        self.frontiers = [_Frontier(s, writer, outputs, buffer) for s in plan.shards]
-        self.done = done
-
-    def put(self, unit: Unit, report: Report) -> None:
-        self.queue.put((unit, report))
-
-    def run(self) -> None:
-        try:
-            self._work()
-        except BaseException as e:
-            self.failure = e
-
-    def check(self) -> None:
-        if self.failure is not None:
-            raise self.failure
-
-    def _work(self) -> None:
-        self._hash()
-        last = False
-        while not last:
-            batch = [self.queue.get()]
-            while not self.queue.empty():
-                batch.append(self.queue.get())
-            last = None in batch
-            finished = [entry for entry in batch if entry is not None]
-            if finished:
-                self.writer.sync({t.file for unit, _ in finished for t in unit.outputs})
-                self.journal.append(
-                    {"unit": unit.name, "report": [r.squared_error, r.squared_norm, r.nonfinite]}
-                    for unit, r in finished
-                )
-                self.done |= {unit.name for unit, _ in finished}
-                self._hash()
-
-    def _hash(self) -> None:
-        for frontier in self.frontiers:
-            frontier.advance(self.done)
-
-    def finish(self) -> dict[str, str]:
-        """Waits until all is durable; SHA-256 by file name."""
-        self.stop()
-        self.check()
-        return {f.shard.name: f.hash.hexdigest() for f in self.frontiers}
-
-    def stop(self) -> None:
-        if self.is_alive():
-            self.queue.put(None)
-            self.join()
-
-
-class _Frontier:
-    """How far one shard is complete from its start, and the hash that follows."""
-
-    def __init__(self, shard: Shard, writer: ShardWriter, outputs: dict[str, str], buffer: memoryview) -> None:
-        self.shard, self.outputs, self.writer = shard, outputs, writer
-        self.waiting = deque(shard.tensors)
-        self.hash = TrailingHash(partial(writer.read_into, shard.name), shard.nbytes, buffer)
-
-    def advance(self, done: set[str]) -> None:
-        while self.waiting and self.outputs[self.waiting[0].name] in done:
-            self.waiting.popleft()
-        before = self.hash.position
-        self.hash.advance(self.waiting[0].offset if self.waiting else self.shard.nbytes)
-        self.writer.forget(self.shard.name, before, self.hash.position)
-
-
-class _SourceHashes:
-    """SHA-256 of every source file, fed with what the run reads; what it skips is read for the hash alone. Files that
-    an earlier run hashed are not hashed again."""
-
-    def __init__(self, files: SourceFiles, journal: Journal, known: dict[str, str]) -> None:
-        self.journal, self.digests = journal, dict(known)
-        buffer = memoryview(bytearray(HASH_BUFFER))
-        self.open = {
-            name: TrailingHash(partial(files.pread, name), file.nbytes, buffer)
-            for name, file in files.files.items()
-            if name not in known
-        }
-
-    def feed(self, file: str, offset: int, data: Array) -> None:
-        if file in self.open:
-            self.open[file].feed(offset, data.data)
-            if self.open[file].position == self.open[file].nbytes:
-                self._close(file)
-
-    def _close(self, file: str) -> None:
-        self.digests[file] = self.open.pop(file).hexdigest()
-        self.journal.append([{"source": file, "sha256": self.digests[file]}])
-
-    def finish(self) -> dict[str, str]:
-        for file in list(self.open):
-            self._close(file)
-        return self.digests
+def _reopen(plan: Plan, out: Path) -> None:
+    """Reads the written folder as a stranger's, by its own layout: the same tensors must come out of it."""
+    found = open_checkpoint(out, prefer="hf" if plan.layout == "hf" else "mistral").tensors
+    wanted = {u.name: (u.source.dtype, u.source.shape) for u in plan.units if u.linear is None}
+    if plan.recipe.quantize is None and {n: (t.dtype, t.shape) for n, t in found.items()} != wanted:
+        raise VerifyError("the written folder does not hold the model's tensors: a fault of quantkit", where=str(out))
 
 
 def _publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) -> None:
-    """Everything but the weights; config.json last: with it, the folder is a model."""
+    """Everything but the weights; config.json (or params.json) last: with it, the folder is a model."""
     digests = dict(measured.outputs)
     sizes = {f.role: f.nbytes for f in plan.files}
-    contents = {CONFIG: config_text(plan.config)}
+    contents = {**plan.generated, plan.config_file: config_text(plan.config)}
+    if len(plan.shards) > 1:
+        contents[plan.index_file] = index_text(weight_map(plan), plan.weight_bytes)
+    copies = {file.name: file for file in plan.copies}
     for file in plan.files:
-        if file.role == INDEX:
-            contents[file.name] = index_text(weight_map(plan), plan.weight_bytes)
-            write_file(out / file.name, contents[file.name])
-        elif file.role == COPY:
-            digests[file.name] = copy_file(checkpoint.folder / file.name, out / file.name)
+        if file.role == COPY:
+            source = safe_path(checkpoint.folder, copies[file.name].source)
+            digests[file.name] = copy_file(source, out / file.name)
             if (out / file.name).stat().st_size != file.nbytes:
-                raise RunError(f"{file.name} changed while the run was under way", where=str(checkpoint.folder))
+                raise RunError(f"{source.name} changed while the run was under way", where=str(checkpoint.folder))
+        elif file.role in (INDEX, GENERATED):
+            write_file(out / file.name, contents[file.name])
     digests |= {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     manifest = finish_manifest(plan.draft, Measured(measured.reports, digests, measured.sources), plan.files)
     write_file(out / "quantkit.json", manifest_text(manifest, sizes[MANIFEST]))
@@ -391,5 +330,5 @@ def _publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) 
         raise RunError(f"the card has {len(card)} bytes, the plan says {sizes[CARD]}: a fault of quantkit")
     write_file(out / "README.md", card)
     fsync_directory(out)
-    write_file(out / CONFIG, contents[CONFIG])
+    write_file(out / plan.config_file, contents[plan.config_file])
     fsync_directory(out)

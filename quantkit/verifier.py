@@ -4,6 +4,7 @@ with the source at hand, measures its error and compares what should be untouche
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,17 @@ from typing import Any
 import numpy as np
 
 from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorInfo, TensorSpec
-from quantkit.checkpoint.reader import SourceFiles, read_json, run_of
+from quantkit.checkpoint.reader import SourceFiles, elements, read_json
+from quantkit.checkpoint.views import SourceTensor, plain, same_bytes
 from quantkit.console import Console, Progress
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import SIDE_FILES
-from quantkit.memory import SLAB
+from quantkit.memory import SLAB, slab_elements
 from quantkit.methods.base import Array, Decoder, WeightSpec
 from quantkit.output import WEIGHT_SUFFIXES
 from quantkit.publication import FORMAT
-from quantkit.recipe import Quantize, build_recipe
+from quantkit.recipe import Native, Quantize, build_recipe
 
 # What a decoder may raise on companions made to mislead: JSON of another shape has many ways to be wrong.
 UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -55,7 +57,7 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
         raise UsageError(
             "the folder has no quantkit.json, so quantkit did not write it", where=str(folder), hint="check the path"
         )
-    parent = open_checkpoint(source) if source is not None else None
+    parent = _open_parent(folder, source) if source is not None else None
     check = _Check(folder, console)
     try:
         check.run(parent, quick=quick)
@@ -66,6 +68,17 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
     return Verification(
         tuple(check.problems), check.files, check.tensors, check.quantized, check.compared, dict(check.errors)
     )
+
+
+def _open_parent(folder: Path, source: Path) -> Checkpoint:
+    """The source as it was read when the folder was made: in its layout, and with what the user said of it."""
+    try:
+        manifest = read_json(folder / "quantkit.json")
+        native = Native.model_validate(manifest["recipe"].get("native", {})).options
+        layout = manifest["source"].get("layout", "hf")
+    except (QuantkitError, KeyError, TypeError, AttributeError, ValueError):  # it is judged, and named, later
+        return open_checkpoint(source)
+    return open_checkpoint(source, native=native, prefer="hf" if layout == "hf" else "mistral")
 
 
 class _Check:
@@ -84,11 +97,15 @@ class _Check:
             self.problems.append(f"quantkit.json: format {manifest.get('format')!r}, this version knows {FORMAT}")
             return
         try:
-            quantize = build_recipe({"source": "", "quantize": manifest["recipe"]["quantize"]}).quantize
+            made = {k: v for k, v in manifest["recipe"].items() if k in ("quantize", "convert")}
+            quantize = build_recipe({"source": "", **made}).quantize
+            if quantize is None and any(row["quantized"] for row in manifest["tensors"]):
+                raise ValueError("it lists quantized tensors, and its recipe quantizes nothing")
             rows = [_Row.read(row) for row in manifest["tensors"]]
             self.skipped = list(manifest["method"]["skipped_modules"])
+            dropped = {str(name) for name in manifest["source"].get("dropped", ())}
             listed = {str(f["name"]): (int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]}
-        except (QuantkitError, KeyError, TypeError, ValueError, OverflowError) as e:
+        except (QuantkitError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             why = e.what if isinstance(e, QuantkitError) else repr(e)
             self.problems.append(f"quantkit.json: not a manifest of quantkit ({why})")
             return
@@ -103,7 +120,7 @@ class _Check:
             if parent is None:
                 self._decode_all(checkpoint, files, sound, quantize, progress)
             else:
-                left_out = sorted(parent.tensors.keys() - {row.name for row in rows})
+                left_out = sorted(parent.tensors.keys() - {row.name for row in rows} - dropped)
                 self.problems += [f"tensor {name!r}: the source has it, the manifest does not" for name in left_out]
                 with SourceFiles(parent.folder, parent.files) as parent_files:
                     for row in sound:
@@ -134,7 +151,7 @@ class _Check:
             if loaded and path.name not in listed:
                 self.problems.append(f"{path.name}: a stray file that the manifest does not list")
 
-    def _check_tensors(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize) -> list[_Row]:
+    def _check_tensors(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize | None) -> list[_Row]:
         """Compares every header entry with what the manifest's tensors must have become; returns the rows that fit."""
         sound = []
         unclaimed = dict(checkpoint.tensors)
@@ -147,8 +164,12 @@ class _Check:
         self.problems += [f"tensor {name!r}: the manifest does not know it" for name in unclaimed]
         return sound
 
-    def _check_config(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize) -> None:
+    def _check_config(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize | None) -> None:
         found = checkpoint.config.get("quantization_config")
+        if quantize is None:
+            if found is not None:
+                self.problems.append("config.json: a quantization_config, though nothing is quantized")
+            return
         if not isinstance(found, dict):
             self.problems.append("config.json: no quantization_config")
             return
@@ -164,7 +185,12 @@ class _Check:
                 self.problems.append(f"config.json: quantization_config.{key} {what}")
 
     def _decode_all(
-        self, checkpoint: Checkpoint, files: SourceFiles, rows: list[_Row], quantize: Quantize, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        files: SourceFiles,
+        rows: list[_Row],
+        quantize: Quantize | None,
+        progress: Progress,
     ) -> None:
         for row in rows:
             if row.quantized:
@@ -177,11 +203,14 @@ class _Check:
             progress.unit(row.name, row.spec.nbytes)
 
     def _decoded(
-        self, checkpoint: Checkpoint, files: SourceFiles, row: _Row, quantize: Quantize
+        self, checkpoint: Checkpoint, files: SourceFiles, row: _Row, quantize: Quantize | None
     ) -> Iterator[tuple[int, Array]]:
         """(first element, fp32 values) of a quantized tensor, slab by slab. ValueError if it does not decode."""
+        assert quantize is not None, "only a quantize recipe has quantized rows"
         weight, method = row.weight, quantize.implementation
         main, *companions = (checkpoint.tensors[spec.name] for spec in method.outputs(weight, quantize.params))
+        stored = main.parts[0]
+        raw = plain(TensorInfo("", "U8", (stored.nbytes,), stored.file, stored.offset))
         loaded = {info.name: _load(info, files) for info in companions}
         decoder: Decoder = method.decoder(weight, quantize.params, loaded)
         granule = method.granule(weight)
@@ -191,11 +220,7 @@ class _Check:
             first, last = (n * main.nbytes // weight.numel for n in (start, start + count))
             if start + count == weight.numel:
                 last = main.nbytes
-            values = decoder.decode(
-                run_of(TensorInfo("", "U8", (), main.file, main.offset), files, first, last - first, np.uint8),
-                start,
-                count,
-            )
+            values = decoder.decode(elements(raw, files, first, last - first), start, count)
             if not np.isfinite(values).all():
                 raise ValueError("a value is not finite")
             yield start, values
@@ -207,7 +232,7 @@ class _Check:
         parent: Checkpoint,
         parent_files: SourceFiles,
         row: _Row,
-        quantize: Quantize,
+        quantize: Quantize | None,
     ) -> None:
         source = parent.tensors.get(row.name)
         if source is None or source.dtype != row.spec.dtype or source.numel != row.spec.numel:
@@ -215,27 +240,20 @@ class _Check:
             return
         self.compared += 1
         if not row.quantized:
-            if not _same_bytes(checkpoint.tensors[row.name], files, source, parent_files):
+            if not _same_elements(checkpoint.tensors[row.name], files, source, parent_files):
                 self.problems.append(f"tensor {row.name!r}: not equal to the source, though it was only copied")
             return
-        from quantkit.kernels.floats import BITS_DTYPE, to_float32
+        from quantkit.kernels.floats import to_float32
 
-        whole = None
-        if row.transposed:
-            bits = run_of(source, parent_files, 0, source.numel, BITS_DTYPE[source.dtype])
-            whole = np.ascontiguousarray(bits.reshape(source.shape).T).reshape(-1)
         error = norm = 0.0
+        original = _Elements(source, parent_files, turned=row.transposed)
         try:
             for start, restored in self._decoded(checkpoint, files, row, quantize):
-                if whole is not None:
-                    bits = whole[start : start + restored.size]
-                else:
-                    bits = run_of(source, parent_files, start, restored.size, BITS_DTYPE[source.dtype])
-                original = to_float32(bits, source.dtype)
-                original[~np.isfinite(original)] = 0
-                difference = original - restored
+                expected = to_float32(original.run(start, restored.size), source.dtype)
+                expected[~np.isfinite(expected)] = 0
+                difference = expected - restored
                 error += float(np.vdot(difference, difference))
-                norm += float(np.vdot(original, original))
+                norm += float(np.vdot(expected, expected))
         except UNDECODABLE as e:
             self.problems.append(f"tensor {row.name!r} does not decode: {e}")
             return
@@ -277,11 +295,13 @@ class _Row:
         rows, columns = self.spec.shape
         return WeightSpec(self.name.removesuffix(".weight"), self.spec.dtype, rows, columns)
 
-    def outputs(self, quantize: Quantize) -> tuple[TensorSpec, ...]:
-        return quantize.implementation.outputs(self.weight, quantize.params) if self.quantized else (self.spec,)
+    def outputs(self, quantize: Quantize | None) -> tuple[TensorSpec, ...]:
+        if not self.quantized or quantize is None:
+            return (self.spec,)
+        return quantize.implementation.outputs(self.weight, quantize.params)
 
 
-def _difference(found: TensorInfo | None, wanted: TensorSpec) -> str:
+def _difference(found: SourceTensor | None, wanted: TensorSpec) -> str:
     if found is None:
         return f"tensor {wanted.name!r} is missing"
     if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
@@ -292,20 +312,46 @@ def _difference(found: TensorInfo | None, wanted: TensorSpec) -> str:
     return ""
 
 
-def _load(info: TensorInfo, files: SourceFiles) -> Array:
+def _load(info: SourceTensor, files: SourceFiles) -> Array:
     dtypes: dict[str, Any] = {"F32": np.float32, "U8": np.uint8, "I8": np.int8}
-    return run_of(info, files, 0, info.numel, dtypes[info.dtype]).reshape(info.shape)
+    loaded: Array = elements(info, files, 0, info.numel).view(dtypes[info.dtype]).reshape(info.shape)
+    return loaded
 
 
-def _same_bytes(a: TensorInfo, a_files: SourceFiles, b: TensorInfo, b_files: SourceFiles) -> bool:
-    if a.nbytes != b.nbytes:
+class _Elements:
+    """A tensor read from its start to its end, in runs of any length: whole granules are read, and what is left over
+    is kept. `turned`: it is wanted column by column, and so is held whole."""
+
+    def __init__(self, tensor: SourceTensor, files: SourceFiles, *, turned: bool) -> None:
+        self.tensor, self.files = tensor, files
+        self.read = 0  # up to here
+        self.kept: Array = np.empty(0, tensor.word)
+        if turned:
+            whole = elements(tensor, files, 0, tensor.numel)
+            self.kept = np.ascontiguousarray(whole.reshape(tensor.shape).T).reshape(-1)
+            self.read = tensor.numel
+
+    def run(self, start: int, count: int) -> Array:
+        """The next `count` elements, which begin at `start`."""
+        missing = start + count - self.read
+        if missing > 0:
+            granule = self.tensor.granule or self.tensor.numel
+            n = min(-(-missing // granule) * granule, self.tensor.numel - self.read)
+            self.kept = np.concatenate([self.kept, elements(self.tensor, self.files, self.read, n)])
+            self.read += n
+        found: Array = self.kept[:count]
+        self.kept = self.kept[count:]
+        return found
+
+
+def _same_elements(a: SourceTensor, a_files: SourceFiles, b: SourceTensor, b_files: SourceFiles) -> bool:
+    if (a.dtype, a.numel) != (b.dtype, b.numel):
         return False
-    buffers = np.empty((2, SLAB), np.uint8)
-    for start in range(0, a.nbytes, SLAB):
-        n = min(SLAB, a.nbytes - start)
-        a_files.read_into(buffers[0, :n], a.file, a.offset + start)
-        b_files.read_into(buffers[1, :n], b.file, b.offset + start)
-        if not np.array_equal(buffers[0, :n], buffers[1, :n]):
+    granule = 0 if a.turned or b.turned else math.lcm(a.granule, b.granule)
+    size = slab_elements(a, granule, SLAB)
+    for start in range(0, a.numel, size or 1):
+        n = min(size, a.numel - start)
+        if not same_bytes(elements(a, a_files, start, n), elements(b, b_files, start, n)):
             return False
     return True
 

@@ -17,13 +17,15 @@ LAYERS = (
     {"__init__", "__main__", "cli"},
     {"api"},
     {"runner", "verifier", "inspector", "output", "hub", "hub_repository", "hub_errors", "loading"},
-    {"planner"},
+    {"committer", "planner"},
     {"publication"},
     {"plans"},
     {"recipe"},
     {"card", "parent_card", "card_facts", "front_matter", "bnb_folder", "memory", "console"},
-    {"methods", "layouts", "architectures", "derived_architecture", "patterns"},
-    {"kernels", "checkpoint"},
+    {"methods", "layouts", "derived_architecture"},
+    {"architectures", "patterns", "tokenization"},
+    {"checkpoint"},
+    {"kernels"},
     {"errors", "version"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -17,8 +17,9 @@ import pytest
 from conftest import TINY, make_tiny
 
 from quantkit.checkpoint.header import TensorInfo, TensorSpec, build_header
+from quantkit.checkpoint.views import plain
 from quantkit.errors import UsageError
-from quantkit.memory import MIB, MemoryPlan, plan_memory
+from quantkit.memory import MIB, MemoryPlan, Work, plan_memory
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -196,9 +197,9 @@ def test_max_memory_too_small(mistral_7b_layer: Path, tmp_path: Path) -> None:
 def model(
     shape: tuple[int, int], *, transposed: bool = False, limit: int | None = None, derived: bool = False
 ) -> MemoryPlan:
-    weight = TensorInfo("x.weight", "BF16", shape, "model.safetensors", 0)
-    linears = [(weight, transposed, 1024)]
-    return plan_memory(linears, tensors=6, threads=4, limit=limit, device="cpu", derived=derived)
+    weight = plain(TensorInfo("x.weight", "BF16", shape, "model.safetensors", 0))
+    work = [Work(weight, 0 if transposed else 1024, encoded=True, copies=1.5 if transposed else 0.5)]
+    return plan_memory(work, tensors=6, threads=4, limit=limit, device="cpu", derived=derived)
 
 
 def test_model_counts_transformers_where_it_is_asked() -> None:

@@ -28,7 +28,8 @@ METHODS = {
     "fp4-single": {"bits": 4, "quant_type": "fp4", "double_quant": False},
     "int8": {"bits": 8},
 }
-KEYS = {"plan_hash", "source", "architecture", "recipe", "parameters", "source_bytes", "weight_bytes",
+KEYS = {
+    "layout", "plan_hash", "source", "architecture", "recipe", "parameters", "source_bytes", "weight_bytes",
         "bits_per_weight", "model_bits_per_weight", "disk_bytes", "passes_over_source", "memory", "files", "tensors",
         "warnings"}  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_every_file_has_the_size_that_the_plan_gives(
     written = {p.name: p.stat().st_size for p in out.iterdir()}
     assert written == {f.name: f.nbytes for f in job.files}
     assert sum(written.values()) == job.disk
-    header_bytes = sum(len(shard.header) for shard in job.shards)
+    header_bytes = sum(len(data) for shard in job.shards for _, data in shard.fixed)
     assert sum(s.nbytes for s in job.shards) == job.weight_bytes + header_bytes
     assert (len(job.shards) > 1) == (shard_size == "40kB")
 
@@ -276,11 +277,11 @@ def test_light_verbs_start_fast(verb: str, verbs: dict[str, list[str]]) -> None:
 def test_json_of_each_verb(tiny: Tiny, tmp_path: Path, quantkit: Run) -> None:
     source, out = tiny("llama"), tmp_path / "out"
     assert set(json_of(quantkit("inspect", source, "--json"))) == {
-        "layout", "architecture", "in_table", "parameters", "bytes", "parameters_by_dtype", "tied", "files", "tensors",
-        "linears", "quantized", "problems",
+        "layout", "generation", "architecture", "in_table", "parameters", "bytes", "parameters_by_dtype", "tied",
+        "files", "tensors", "linears", "quantized", "problems",
     }  # fmt: skip
     done = json_of(quantkit("quantize", source, "-o", out, "--json"))
-    assert set(done) == {"out", "already_done", "seconds", "peak_rss", "units", "reused"}
+    assert set(done) == {"out", "already_done", "seconds", "peak_rss", "units", "reused", "checked"}
     verified = json_of(quantkit("verify", out, "--json"))
     assert set(verified) == {"sound", "problems", "files", "tensors", "quantized", "compared", "errors"}
     assert json_of(quantkit("card", out, "--json")) == {"card": str(out / "README.md")}

@@ -6,10 +6,11 @@ the caller's decision. Works for safetensors and for torch zip files alike, beca
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint.header import TensorInfo, quote, read_header, strict_json
-from quantkit.checkpoint.system import DIRECT, PAGE
+from quantkit.checkpoint.system import DIRECT, PAGE, page_buffer
 from quantkit.checkpoint.torch_zip import read_torch_zip
+from quantkit.checkpoint.views import Run, SourceTensor
 from quantkit.errors import RunError, SourceError
 
 MAX_JSON = 64 * 1024 * 1024
@@ -128,6 +130,11 @@ def read_weight_files(
     return list(tensors.values()), files
 
 
+def runs_buffer(runs: Sequence[Run]) -> npt.NDArray[np.uint8]:
+    """Room for `SourceFiles.read_runs`: each run at a page of its own."""
+    return page_buffer(sum((run.nbytes // PAGE + 2) * PAGE for run in runs))
+
+
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
@@ -179,6 +186,20 @@ class SourceFiles:
         self.read_into(buffer[start:end], file, first + start)
         return buffer[lead:end]
 
+    def read_runs(self, buffer: npt.NDArray[np.uint8], runs: Sequence[Run], item: int) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of each run as a part of `buffer`, which `runs_buffer(runs)` made, aligned to `item` bytes."""
+        found, begin = [], 0
+        for run in runs:
+            room = (run.nbytes // PAGE + 2) * PAGE
+            part = buffer[begin : begin + room]
+            raw = self.read_aside(part, run.file, run.offset, run.nbytes)
+            if run.offset % item:  # a header of odd length leaves every tensor askew; kernels want them aligned
+                ctypes.memmove(part.ctypes.data, raw.ctypes.data, run.nbytes)  # no copy that no plan knows
+                raw = part[: run.nbytes]
+            found.append(raw)
+            begin += room
+        return found
+
     def read_into(self, buffer: npt.NDArray[np.uint8], file: str, offset: int) -> None:
         """Fills `buffer` (uint8) with the bytes at `offset`; RunError if the file has become shorter."""
         view = buffer.data
@@ -212,9 +233,10 @@ class SourceFiles:
         )
 
 
-def run_of(info: TensorInfo, sources: SourceFiles, start: int, count: int, item: Any) -> npt.NDArray[Any]:
-    """Elements [start, start + count) of a tensor as a fresh array of the numpy dtype `item`."""
-    dtype = np.dtype(item)
-    out = np.empty(count, dtype)
-    sources.read_into(out.view(np.uint8), info.file, info.offset + start * dtype.itemsize)
-    return out
+def elements(tensor: SourceTensor, sources: SourceFiles, start: int, count: int) -> npt.NDArray[Any]:
+    """`count` elements of a tensor from `start` on, flat, as bit patterns in a fresh array. Both fit its granule."""
+    raw = []
+    for run in tensor.runs(start, count):
+        raw.append(np.empty(run.nbytes, np.uint8))
+        sources.read_into(raw[-1], run.file, run.offset)
+    return tensor.arrange(raw, start)

@@ -22,10 +22,10 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A weight file's name, its header as bytes, and its full size."""
+    """A weight file's name, what of it is known beforehand as (offset, bytes), and its full size."""
 
     name: str
-    header: bytes
+    fixed: tuple[tuple[int, bytes], ...]
     nbytes: int
 
 
@@ -72,7 +72,8 @@ class ShardWriter:
             elif size < layout.nbytes:
                 self.fresh.add(layout.name)
                 _reserve(fd, layout.nbytes)
-            os.pwrite(fd, layout.header, 0)
+            for offset, data in layout.fixed:
+                os.pwrite(fd, data, offset)
         except OSError as e:
             raise write_error(e, path) from None
 
@@ -89,6 +90,16 @@ class ShardWriter:
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> int:
         return os.preadv(self._fds[file], [buffer], offset)
+
+    def read_back(self, file: str, offset: int, buffer: npt.NDArray[np.uint8]) -> None:
+        """Fills `buffer` with what stands at `offset` now. RunError if that is past the file's end."""
+        view = buffer.data
+        while view:
+            n = self.read_into(file, offset, view)
+            if n == 0:
+                raise RunError(f"{file} became shorter while it was written", where=str(self.folder))
+            view = view[n:]
+            offset += n
 
     def forget(self, file: str, start: int, end: int) -> None:
         """Lets go of what is on disk and will not be read again: the kernel then has pages at hand for what comes."""

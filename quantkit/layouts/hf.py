@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.header import TensorInfo, quote
-from quantkit.checkpoint.reader import WeightFile, read_json, read_weight_files, safe_path
+from quantkit.checkpoint.reader import read_json, read_weight_files, safe_path
+from quantkit.checkpoint.views import plain
 from quantkit.errors import SourceError
+from quantkit.layouts.base import CODE_KEYS, Checkpoint, CopiedFile, Target, strip
 
 CONFIG = "config.json"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -26,59 +27,15 @@ SIDE_FILES = re.compile(
     r"|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?:[.\-_].*)?)",
     re.IGNORECASE,
 )
+LICENCE_FILES = re.compile(rf"(?={SIDE_FILES.pattern})(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY).*", re.IGNORECASE)
 MAX_SIDE_FILE = 256 * 1024 * 1024
-# Keys of config.json that name code: Python files, or kernels that transformers would fetch from the Hub.
-CODE_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-             "_attn_implementation_autoset", "experts_implementation", "_experts_implementation")  # fmt: skip
-# They do not travel, and neither do places on somebody's machine.
-STRIPPED = (*CODE_KEYS, "_name_or_path", "_commit_hash")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as its headers describe it.
-
-    tensors: name → where and what, in the order of the files and of the bytes in them. `absent` maps the names that
-    an index promises in files that are not there (only with data_present=False) to those files.
-    """
-
-    folder: Path
-    layout: str
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    files: tuple[WeightFile, ...]
-    absent: dict[str, str]
-    index_total: int | None
-    side_files: tuple[tuple[str, int], ...]
-
-    @property
-    def parent_card(self) -> str | None:
-        try:
-            with safe_path(self.folder, "README.md").open("rb") as f:
-                return f.read(1 << 20).decode("utf-8", "replace")
-        except OSError:
-            return None
-
-    def output_config(self) -> tuple[dict[str, Any], list[str]]:
-        """config.json as it travels, and the keys that were taken out of it at any depth."""
-        removed: list[str] = []
-        return _strip(self.config, removed), sorted(set(removed))
 
 
 def code_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys at any depth of a config.json that name code to run or to fetch."""
     removed: list[str] = []
-    _strip(config, removed)
+    strip(config, removed)
     return sorted(set(removed) & set(CODE_KEYS))
-
-
-def _strip(value: Any, removed: list[str]) -> Any:
-    if isinstance(value, dict):
-        removed += [k for k in value if k in STRIPPED]
-        return {k: _strip(v, removed) for k, v in value.items() if k not in STRIPPED}
-    if isinstance(value, list):
-        return [_strip(v, removed) for v in value]
-    return value
 
 
 def open_hf(folder: Path, *, data_present: bool = True) -> Checkpoint:
@@ -99,24 +56,18 @@ def open_hf(folder: Path, *, data_present: bool = True) -> Checkpoint:
     gone = set(missing)
     names = [n for n in names if n not in gone]
     tensors, files = read_weight_files(folder, names, data_present=data_present)
-    by_name = {t.name: t for t in tensors}
-    absent: dict[str, str] = {}
-    if index is not None:
-        for name, file in index.items():
-            if file in gone:
-                absent[name] = file
-            elif name not in by_name or by_name[name].file != file:
-                raise SourceError(
-                    f"the index places tensor {quote(name)} in {file}, which does not hold it",
-                    where=str(folder), hint="index and weights are of different downloads: fetch them again",
-                )  # fmt: skip
-        stray = [t for t in by_name if t not in index]
-        if stray:
-            raise SourceError(
-                f"tensor {quote(stray[0])} is in {by_name[stray[0]].file} but not in the index",
-                where=str(folder), hint="index and weights are of different downloads: fetch them again",
-            )  # fmt: skip
-    return Checkpoint(folder, "hf", config, by_name, tuple(files), absent, index_total, _side_files(folder))
+    absent = match_index(folder, index, tensors, gone) if index is not None else {}
+    by_name = {t.name: plain(t) for t in tensors}
+    return Checkpoint(folder, "hf", config, by_name, tuple(files), absent, index_total, side_files(folder))
+
+
+def hf_target(checkpoint: Checkpoint) -> Target:
+    """A Hugging Face folder of the checkpoint: names as they are, and all that travels with a model. What a folder of
+    another layout lacks of it (`generated`) is for that layout to add."""
+    config, stripped = checkpoint.output_config()
+    copies = tuple(CopiedFile(name, name, size) for name, size in checkpoint.side_files)
+    names = {name: name for name in (*checkpoint.tensors, *checkpoint.absent)}
+    return Target("hf", CONFIG, config, names, copies=copies, stripped=tuple(stripped))
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int | None]:
@@ -124,7 +75,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
     for single, index_name in (("model.safetensors", SAFETENSORS_INDEX), ("pytorch_model.bin", TORCH_INDEX)):
         alone = (folder / single).exists() or (folder / single).is_symlink()
         if (folder / index_name).exists():
-            weight_map, total = _read_index(folder, index_name)
+            weight_map, total = read_index(folder, index_name)
             if alone and single not in weight_map.values():  # transformers would load the one, others the other
                 raise SourceError(
                     f"{single} lies beside an index of other files: which are the weights?",
@@ -141,7 +92,7 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None, int |
     )
 
 
-def _read_index(folder: Path, name: str) -> tuple[dict[str, str], int | None]:
+def read_index(folder: Path, name: str) -> tuple[dict[str, str], int | None]:
     path = safe_path(folder, name)
     table = read_json(path)
     weight_map = table.get("weight_map")
@@ -149,7 +100,7 @@ def _read_index(folder: Path, name: str) -> tuple[dict[str, str], int | None]:
         raise SourceError(
             "weight_map is not a table of tensor names to file names", where=str(path), hint="fetch the file again"
         )
-    suffix = ".safetensors" if name == SAFETENSORS_INDEX else ".bin"
+    suffix = ".bin" if name == TORCH_INDEX else ".safetensors"
     for tensor, file in weight_map.items():
         safe_path(folder, file)
         if not file.endswith(suffix):
@@ -162,7 +113,30 @@ def _read_index(folder: Path, name: str) -> tuple[dict[str, str], int | None]:
     return weight_map, int(total) if isinstance(total, (int, float)) and 0 <= total < 2**63 else None
 
 
-def _side_files(folder: Path) -> tuple[tuple[str, int], ...]:
+def match_index(
+    folder: Path, index: Mapping[str, str], tensors: Iterable[TensorInfo], gone: Collection[str] = ()
+) -> dict[str, str]:
+    """The tensors that the index places in files that are not there. SourceError where it and the files disagree."""
+    by_name = {t.name: t for t in tensors}
+    absent: dict[str, str] = {}
+    for name, file in index.items():
+        if file in gone:
+            absent[name] = file
+        elif name not in by_name or by_name[name].file != file:
+            raise SourceError(
+                f"the index places tensor {quote(name)} in {file}, which does not hold it",
+                where=str(folder), hint="index and weights are of different downloads: fetch them again",
+            )  # fmt: skip
+    stray = [t for t in by_name if t not in index]
+    if stray:
+        raise SourceError(
+            f"tensor {quote(stray[0])} is in {by_name[stray[0]].file} but not in the index",
+            where=str(folder), hint="index and weights are of different downloads: fetch them again",
+        )  # fmt: skip
+    return absent
+
+
+def side_files(folder: Path) -> tuple[tuple[str, int], ...]:
     found = []
     for path in sorted(folder.iterdir()):
         if SIDE_FILES.fullmatch(path.name) and not path.is_dir():

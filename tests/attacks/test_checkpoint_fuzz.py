@@ -60,7 +60,7 @@ def survives(folder: Path) -> bool:
         return False
     json.dumps(plan.to_json()).encode()
     for shard in plan.shards:
-        tensors, _ = parse_header(shard.header[8:], where="")
+        tensors, _ = parse_header(shard.fixed[0][1][8:], where="")
         assert {spec.name for spec, _, _ in tensors} == {t.name for t in shard.tensors}
     return True
 

@@ -49,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama biases": {**LLAMA, **BIASES},
     "llama plain": {**BASE, "intermediate_size": 224},  # neither head_dim nor num_key_value_heads
     "mistral": LLAMA,
+    "ministral": {**LLAMA, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+    "ministral3": LLAMA,
     "qwen2": LLAMA,
     "qwen3": {**LLAMA, "attention_bias": True},
     "gemma": LLAMA,

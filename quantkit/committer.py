@@ -1,0 +1,188 @@
+"""Behind the workers: what is complete is synced, journalled and hashed, while the rest is still under way."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from quantkit.checkpoint.journal import Journal
+from quantkit.checkpoint.reader import SourceFiles
+from quantkit.checkpoint.torch_zip_writer import member_crc
+from quantkit.checkpoint.writer import ShardWriter, TrailingHash
+from quantkit.memory import HASH_BUFFER
+from quantkit.methods.base import Array, Report
+from quantkit.plans import Plan, Shard, Unit
+
+
+class Committer(threading.Thread):
+    """Makes finished units durable, in batches: data synced, then journalled, then hashed. Its failure is the run's:
+    kept, and raised where the main thread looks."""
+
+    def __init__(self, plan: Plan, writer: ShardWriter, journal: Journal, done: set[str], seal: Seal) -> None:
+        super().__init__(name="committer", daemon=True)
+        self.failure: BaseException | None = None
+        self.writer, self.journal, self.seal = writer, journal, seal
+        self.queue: queue.SimpleQueue[tuple[Unit, Report] | None] = queue.SimpleQueue()
+        outputs = {t.name: u.name for u in plan.units for t in u.outputs}
+        buffer = memoryview(bytearray(HASH_BUFFER))
+        self.frontiers = [_Frontier(s, writer, outputs, buffer, seal) for s in plan.shards]
+        self.done = done
+
+    def put(self, unit: Unit, report: Report) -> None:
+        self.queue.put((unit, report))
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as e:
+            self.failure = e
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _work(self) -> None:
+        self._hash()
+        last = False
+        while not last:
+            batch = [self.queue.get()]
+            while not self.queue.empty():
+                batch.append(self.queue.get())
+            last = None in batch
+            finished = [entry for entry in batch if entry is not None]
+            if finished:
+                self.writer.sync({t.file for unit, _ in finished for t in unit.outputs})
+                self.journal.append(
+                    {
+                        "unit": unit.name,
+                        "report": [r.squared_error, r.squared_norm, r.nonfinite],
+                        **self.seal.entry(unit),
+                    }
+                    for unit, r in finished
+                )
+                self.done |= {unit.name for unit, _ in finished}
+                self._hash()
+
+    def _hash(self) -> None:
+        for frontier in self.frontiers:
+            frontier.advance(self.done)
+
+    def finish(self) -> dict[str, str]:
+        """Waits until all is durable; SHA-256 by file name."""
+        self.stop()
+        self.check()
+        return {f.shard.name: f.hash.hexdigest() for f in self.frontiers}
+
+    def stop(self) -> None:
+        if self.is_alive():
+            self.queue.put(None)
+            self.join()
+
+
+class _Frontier:
+    """How far one shard is complete from its start, and the hash that follows."""
+
+    def __init__(
+        self, shard: Shard, writer: ShardWriter, outputs: dict[str, str], buffer: memoryview, seal: Seal
+    ) -> None:
+        self.shard, self.outputs, self.writer, self.seal = shard, outputs, writer, seal
+        self.waiting = deque((t.name, start) for t, start in zip(shard.tensors, _starts(shard), strict=True))
+        self.hash = TrailingHash(partial(writer.read_into, shard.name), shard.nbytes, buffer)
+
+    def advance(self, done: set[str]) -> None:
+        while self.waiting and self.outputs[self.waiting[0][0]] in done:
+            self.waiting.popleft()
+        if not self.waiting:
+            self.seal.end(self.shard)
+        before = self.hash.position
+        self.hash.advance(self.waiting[0][1] if self.waiting else self.shard.nbytes)
+        self.writer.forget(self.shard.name, before, self.hash.position)
+
+
+def _starts(shard: Shard) -> Iterable[int]:
+    """Where that begins which is not written before a tensor is: in a torch file, the CRC-32 in its header."""
+    if shard.zip is None:
+        return [t.offset for t in shard.tensors]
+    return map(shard.zip.crc_offset, range(len(shard.tensors)))
+
+
+class Seal:
+    """The CRC-32s of torch files: of each tensor into its header once it is complete, of all into the file's end."""
+
+    def __init__(self, plan: Plan, writer: ShardWriter, known: Mapping[str, int]) -> None:
+        self.writer = writer
+        self.crcs = dict(known)  # by unit, which has one output here
+        self.places = {
+            u.name: (shard, i)
+            for shard in plan.shards
+            if shard.zip is not None
+            for i, u in enumerate(_in_order(plan.units, shard))
+        }
+        for name in known:
+            self._write(name)
+
+    def tensor(self, unit: Unit) -> None:
+        if unit.name not in self.places:
+            return
+        (main,) = unit.outputs
+        buffer = memoryview(bytearray(min(HASH_BUFFER, max(1, main.nbytes))))
+        self.crcs[unit.name] = member_crc(partial(self.writer.read_into, main.file), main.offset, main.nbytes, buffer)
+        self._write(unit.name)
+
+    def _write(self, name: str) -> None:
+        shard, i = self.places[name]
+        if shard.zip is not None:
+            raw = np.array([self.crcs[name]], "<u4")
+            self.writer.write(shard.name, shard.zip.crc_offset(i), raw)
+
+    def entry(self, unit: Unit) -> dict[str, int]:
+        """What the journal keeps, so that a resumed run needs not read the tensor again."""
+        return {"crc": self.crcs[unit.name]} if unit.name in self.crcs else {}
+
+    def end(self, shard: Shard) -> None:
+        if shard.zip is None:
+            return
+        crcs = {i: self.crcs[name] for name, (s, i) in self.places.items() if s is shard}
+        offset, raw = shard.zip.ending([crcs[i] for i in range(len(crcs))])
+        self.writer.write(shard.name, offset, np.frombuffer(raw, np.uint8))
+        self.writer.sync([shard.name])
+
+
+def _in_order(units: Sequence[Unit], shard: Shard) -> list[Unit]:
+    """The units of a shard, as its tensors lie."""
+    by_output = {u.outputs[0].name: u for u in units}
+    return [by_output[t.name] for t in shard.tensors]
+
+
+class SourceHashes:
+    """SHA-256 of every source file, fed with what the run reads; what it skips is read for the hash alone. Files that
+    an earlier run hashed are not hashed again."""
+
+    def __init__(self, files: SourceFiles, journal: Journal, known: dict[str, str]) -> None:
+        self.journal, self.digests = journal, dict(known)
+        buffer = memoryview(bytearray(HASH_BUFFER))
+        self.open = {
+            name: TrailingHash(partial(files.pread, name), file.nbytes, buffer)
+            for name, file in files.files.items()
+            if name not in known
+        }
+
+    def feed(self, file: str, offset: int, data: Array) -> None:
+        if file in self.open:
+            self.open[file].feed(offset, data.data)
+            if self.open[file].position == self.open[file].nbytes:
+                self._close(file)
+
+    def _close(self, file: str) -> None:
+        self.digests[file] = self.open.pop(file).hexdigest()
+        self.journal.append([{"source": file, "sha256": self.digests[file]}])
+
+    def finish(self) -> dict[str, str]:
+        for file in list(self.open):
+            self._close(file)
+        return self.digests
