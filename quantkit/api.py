@@ -13,7 +13,7 @@ from quantkit.console import Console
 from quantkit.errors import SourceError, UsageError, VerifyError
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
-from quantkit.layouts import Checkpoint, open_checkpoint
+from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
 from quantkit.output import COMMITS
 from quantkit.planner import make_plan
 from quantkit.plans import Plan
@@ -38,9 +38,9 @@ def plan(source: str, recipe: Mapping[str, Any] | None = None) -> Plan:
 
 def plan_recipe(recipe: Recipe, *, data_present: bool = False, console: Console = _QUIET) -> tuple[Plan, Checkpoint]:
     """The plan and what it reads. With data_present=False a Hub model's weights are not fetched, only their headers."""
-    folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet)
     # An official folder holds both layouts: what is to be written is then not what is read.
-    prefer: Literal["hf", "mistral"] = "mistral" if recipe.convert is not None and recipe.convert.to == "hf" else "hf"
+    prefer: Prefer = "mistral" if recipe.convert is not None and recipe.convert.to == "hf" else "hf"
+    folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet, prefer=prefer)
     checkpoint = open_checkpoint(folder, data_present=data_present, native=recipe.native.options, prefer=prefer)
     return make_plan(recipe, checkpoint, origin), checkpoint
 
@@ -105,20 +105,23 @@ def verify(
     parent = Path(source) if source is not None else None
     # What verify_folder will refuse is not fetched first.
     if source is not None and not quick and (folder / "quantkit.json").is_file():
-        parent, _ = resolve(source, _recorded_commit(folder, source), quiet=console.quiet)
+        commit, layout = _recorded(folder, source)
+        parent, _ = resolve(source, commit, quiet=console.quiet, prefer=layout)
     return verify_folder(folder, parent, quick=quick, console=console)
 
 
-def _recorded_commit(folder: Path, source: str) -> str | None:
-    """The commit of the Hub model `source` that the folder was made from: its branch may have moved on since."""
+def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:
+    """The commit of the Hub model `source` that the folder was made from, for its branch may have moved on since; and
+    the layout that was read."""
     try:
         made_from = read_json(folder / "quantkit.json").get("source")
     except SourceError:
-        return None
+        return None, "hf"
     if is_local(source) or not isinstance(made_from, dict) or made_from.get("name") != source:
-        return None
-    commit = made_from.get("revision")
-    return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) else None
+        return None, "hf"
+    commit, layout = made_from.get("revision"), made_from.get("layout")
+    known = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)
+    return (str(commit) if known else None), "mistral" if layout in ("mistral", "meta-llama") else "hf"
 
 
 def rewrite_card(folder: str | Path) -> Path:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from quantkit.errors import SourceError
+from quantkit.layouts import Prefer
 from quantkit.plans import Origin
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
@@ -14,13 +15,19 @@ _SNAPSHOT = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<sha>[0-9a-f]{40}
 
 
 def resolve(
-    source: str, revision: str | None = None, *, weights: bool = True, quiet: bool = True
+    source: str,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    quiet: bool = True,
+    prefer: Prefer = "hf",
 ) -> tuple[Path, Origin]:
     """The folder of `source` and where it comes from. A folder wins over a Hub id of the same spelling.
 
     Of a Hub model, one set of weights is fetched and what travels with them, nothing else. With weights=False the
     weights stay where they are: the folder then holds their headers in files of the right size, unless the cache has
-    them already, and it lasts as long as the process. `quiet` shows no download bars.
+    them already, and it lasts as long as the process. `quiet` shows no download bars. `prefer` says which set is
+    fetched of a model that is there in two layouts.
 
     Raises SourceError if it is neither, or cannot be fetched. HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, tokens and proxies
     are huggingface_hub's to obey.
@@ -37,7 +44,7 @@ def resolve(
         )
     from quantkit.hub_repository import obtain  # huggingface_hub is slow to import, and a folder needs none of it
 
-    folder, commit = obtain(source, revision, weights=weights, quiet=quiet)
+    folder, commit = obtain(source, revision, weights=weights, quiet=quiet, prefer=prefer)
     return folder, Origin(source, source, commit)
 
 

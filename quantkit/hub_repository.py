@@ -10,7 +10,7 @@ import atexit
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,11 @@ from quantkit.checkpoint.header import MAX_HEADER, quote
 from quantkit.checkpoint.reader import read_json, safe_path
 from quantkit.errors import SourceError
 from quantkit.hub_errors import HTTPError, explained
+from quantkit.layouts import Prefer
 from quantkit.layouts.hf import CONFIG, MAX_SIDE_FILE, SAFETENSORS_INDEX, SIDE_FILES, TORCH_INDEX
+from quantkit.layouts.mistral import INDEX as NATIVE_INDEX
+from quantkit.layouts.mistral import WEIGHTS as NATIVE_WEIGHTS
+from quantkit.layouts.mistral_params import PARAMS
 
 CARD = "README.md"
 # A header of most shards is shorter than this: one request fetches it.
@@ -41,18 +45,18 @@ _PLAIN = re.compile(r"[A-Za-z0-9][\w.\-]*")
 _WEIGHT_SETS = (SAFETENSORS_INDEX, "model.safetensors", TORCH_INDEX, "pytorch_model.bin")
 
 
-def obtain(source: str, revision: str | None, *, weights: bool, quiet: bool) -> tuple[Path, str]:
+def obtain(source: str, revision: str | None, *, weights: bool, quiet: bool, prefer: Prefer) -> tuple[Path, str]:
     """Folder and commit of a Hub model; see `quantkit.hub.resolve`. Raises SourceError."""
     with explained(source, revision):
         if revision is not None and (not revision or revision[0] in "/." or ".." in revision):
             # huggingface_hub makes a file of that name in its cache.
             raise SourceError(f"{revision!r} is no revision", where=source, hint="name a branch, a tag or a commit")
         try:
-            repository = Repository.ask(source, revision)
+            repository = Repository.ask(source, revision, prefer)
         except (HTTPError, OfflineModeIsEnabled) as e:
             if isinstance(e, HfHubHTTPError) and e.response.status_code < 500:
                 raise
-            folder = _cached(source, revision)
+            folder = _cached(source, revision, prefer)
             if folder is None:
                 raise
             return folder, folder.name
@@ -67,14 +71,16 @@ def obtain(source: str, revision: str | None, *, weights: bool, quiet: bool) -> 
 
 @dataclass(frozen=True)
 class Repository:
-    """One commit of a repository. `sizes`: its files by name, those in subfolders left out; None where not known."""
+    """One commit of a repository. `sizes`: its files by name, those in subfolders left out; None where not known.
+    `native`: of its files those in Mistral's own layout are the model."""
 
     id: str
     commit: str
     sizes: Mapping[str, int | None]
+    native: bool
 
     @classmethod
-    def ask(cls, source: str, revision: str | None) -> Repository:
+    def ask(cls, source: str, revision: str | None, prefer: Prefer) -> Repository:
         info = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         commit = info.sha
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
@@ -84,10 +90,13 @@ class Repository:
             _refuse_strange(source, file.rfilename)
             if _PLAIN.fullmatch(file.rfilename):
                 sizes[file.rfilename] = file.size if isinstance(file.size, int) else None
+        if _is_native(sizes, prefer):
+            return cls(source, commit, sizes, native=True)
         if CONFIG not in sizes:
             raise SourceError(
-                "the Hub model has no config.json", where=source, hint="name a model in the Hugging Face layout"
-            )
+                f"the Hub model has no {CONFIG}, and no {PARAMS} with consolidated weights", where=source,
+                hint="name a model in the Hugging Face layout, or in Mistral's own",
+            )  # fmt: skip
         if not any(name in sizes for name in _WEIGHT_SETS):
             found = sorted(n for n in sizes if n.endswith((".safetensors", ".bin", ".pth", ".gguf")))
             raise SourceError(
@@ -95,7 +104,11 @@ class Repository:
                 where=source,
                 hint=f"it has {', '.join(found[:4])}" if found else "it has no weights in its top folder",
             )
-        return cls(source, commit, sizes)
+        return cls(source, commit, sizes, native=False)
+
+    @property
+    def config(self) -> str:
+        return PARAMS if self.native else CONFIG
 
     def fetch(self, name: str, *, revision: str | None = None, quiet: bool) -> Path:
         """The file's path in the cache, fetched if it is not there."""
@@ -105,17 +118,19 @@ class Repository:
 
     def fetch_small(self, revision: str | None, *, quiet: bool) -> Path:
         """Fetches config, index, card and what travels with the weights. Returns the snapshot's folder."""
-        chosen = next(n for n in _WEIGHT_SETS if n in self.sizes)
         names = [n for n in self.sizes if n == CARD or SIDE_FILES.fullmatch(n)]
-        names += [chosen] if chosen.endswith(".json") else []
-        for name in (CONFIG, *names):
+        if self.native:
+            names += [NATIVE_INDEX] if NATIVE_INDEX in self.sizes else []
+        elif (chosen := next(n for n in _WEIGHT_SETS if n in self.sizes)).endswith(".json"):
+            names.append(chosen)
+        for name in (self.config, *names):
             if (self.sizes[name] or 0) > MAX_SIDE_FILE:
                 raise SourceError(
                     f"{name} has {self.sizes[name]:,} bytes: that is no tokenizer, card or licence",
                     where=self.id, hint="fetch the model with `hf download` and take the file out",
                 )  # fmt: skip
         # By the name that the user gave, so that the cache learns which commit it means and it works offline later.
-        folder = self.fetch(CONFIG, revision=revision or constants.DEFAULT_REVISION, quiet=quiet).parent
+        folder = self.fetch(self.config, revision=revision or constants.DEFAULT_REVISION, quiet=quiet).parent
         if folder.name != self.commit:
             raise SourceError(
                 f"the Hub model moved from {self.commit} to {folder.name} while it was being read",
@@ -127,7 +142,7 @@ class Repository:
 
     def weight_files(self, folder: Path) -> list[str]:
         """The one set of weight files that will be read, all of them in the repository."""
-        names = _weight_set(folder, self.sizes)
+        names = _weight_set(folder, self.sizes, native=self.native)
         missing = [n for n in names if n not in self.sizes]
         if missing:
             raise SourceError(
@@ -144,7 +159,8 @@ class Repository:
         (a link would lead out of the folder), and headers in sparse files of the true size."""
         if not all(n.endswith(".safetensors") for n in names):
             raise SourceError(
-                "the Hub model has pytorch_model.bin files only: what is in them is known from the whole files alone",
+                f"the Hub model has {'.pth' if self.native else 'pytorch_model.bin'} files only: what is in them is "
+                "known from the whole files alone",
                 where=self.id, hint=f"fetch them first: hf download {self.id} --revision {self.commit}",
             )  # fmt: skip
         top = Path(tempfile.mkdtemp(prefix="quantkit-"))
@@ -153,7 +169,7 @@ class Repository:
         folder.mkdir(parents=True)
         # From the snapshot, not from our list: what else somebody put there, the run will see as well.
         for path in snapshot.iterdir():
-            if path.name in (CONFIG, CARD, SAFETENSORS_INDEX) or SIDE_FILES.fullmatch(path.name):
+            if path.name in (self.config, CARD, SAFETENSORS_INDEX, NATIVE_INDEX) or SIDE_FILES.fullmatch(path.name):
                 shutil.copyfile(safe_path(snapshot, path.name), folder / path.name)
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
             list(pool.map(lambda name: self._header_file(folder / name), names))
@@ -211,19 +227,30 @@ def _span(response: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _cached(source: str, revision: str | None) -> Path | None:
+def _cached(source: str, revision: str | None, prefer: Prefer) -> Path | None:
     """The snapshot's folder if the cache has it with all its weights. What is not there cannot be planned either."""
-    config = try_to_load_from_cache(source, CONFIG, revision=revision)
-    if not isinstance(config, str):
+    found = (try_to_load_from_cache(source, name, revision=revision) for name in (CONFIG, PARAMS))
+    folder = next((Path(path).parent for path in found if isinstance(path, str)), None)
+    if folder is None:
         return None
-    folder = Path(config).parent
-    names = _weight_set(folder, [p.name for p in folder.iterdir()])
+    there = [p.name for p in folder.iterdir()]
+    names = _weight_set(folder, there, native=_is_native(there, prefer))
     return folder if names and all(safe_path(folder, n).exists() for n in names) else None
 
 
-def _weight_set(folder: Path, names: Iterable[str]) -> list[str]:
+def _is_native(names: Collection[str], prefer: Prefer) -> bool:
+    """Whether, of these files, `open_checkpoint` would read those in Mistral's own layout."""
+    native = PARAMS in names and any(NATIVE_WEIGHTS.fullmatch(n) for n in names)
+    hugging = CONFIG in names and any(n in names for n in _WEIGHT_SETS)
+    return native and (prefer == "mistral" or not hugging)
+
+
+def _weight_set(folder: Path, names: Iterable[str], *, native: bool) -> list[str]:
     """Names of the weight files that `open_checkpoint` will read, given the names that there are; an index is read
     from `folder`. What is wrong with an index is for `open_checkpoint` to say."""
+    if native:
+        found = sorted(n for n in names if NATIVE_WEIGHTS.fullmatch(n))
+        return [n for n in found if n.endswith(".safetensors")] or found
     chosen = next((n for n in _WEIGHT_SETS if n in set(names)), None)
     if chosen is None:
         return []

@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import Run, make_tiny
+from oracle.native_models import make_native
 
 from quantkit import api, hub
 from quantkit.checkpoint.header import MAX_HEADER
@@ -379,6 +380,45 @@ def test_torch_files_are_planned_from_the_cache_only(
     assert ask(env, ("plan", ID, None)) == [recorded]
 
 
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same model as its maker's own program stores it."""
+    folder = make_native(tmp_path_factory.mktemp("hub") / "native", vocab_size=256)
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_native_model_is_planned_by_headers_and_converted(
+    quantkit: Run, server: Hub, env: dict[str, str], native: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.add(ID, {**native, "README.md": b"# Native\n", "original/config.json": b"{}"})
+    arguments = ("convert", ID, "--to", "hf", "--no-tokenizer", "--json")
+    planned = ok(quantkit(*arguments, "--dry-run", env=env))
+    assert server.fetched() == {"params.json", "README.md", "consolidated.safetensors"}
+    assert planned["source"]["revision"] == SHA
+    done = ok(quantkit(*arguments, "-o", tmp_path / "out", env=env))
+    manifest = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    assert manifest["plan_hash"] == planned["plan_hash"]
+    assert manifest["source"]["layout"] == "mistral"
+    server.repos.clear()  # the cache has all of it by now
+    verified = ok(quantkit("verify", tmp_path / "out", "--source", ID, "--json", env={**env, "HF_HUB_OFFLINE": "1"}))
+    assert verified["sound"]
+    assert verified["compared"] == done["units"]
+
+
+def test_of_two_layouts_the_one_that_is_read_is_fetched(
+    quantkit: Run, server: Hub, env: dict[str, str], small: dict[str, bytes], native: dict[str, bytes]
+) -> None:
+    server.add(ID, {**small, **native})
+    ok(quantkit("convert", ID, "--to", "hf", "--dry-run", "--json", env=env))
+    assert {n for n in server.fetched() if n.endswith((".safetensors", "s.json", "g.json"))} == {
+        "params.json", "consolidated.safetensors", "generation_config.json", "tokenizer_config.json",
+    }  # fmt: skip
+    server.served.clear()
+    ok(quantkit("convert", ID, "--to", "mistral", "--no-tokenizer", "--dry-run", "--json", env=env))
+    assert {n for n in server.fetched() if n.endswith(".safetensors")} == {"model.safetensors"}
+    assert "params.json" not in server.fetched()
+
+
 def test_a_private_model_needs_the_token_and_no_other_host_sees_it(
     server: Hub, env: dict[str, str], small: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -458,7 +498,7 @@ def test_what_can_go_wrong_is_said_in_three_lines(
         ("fetch", "acme/absolute", None, "the file list names '/etc/x.json'"),
         ("fetch", "acme/index", None, "'../../../etc/passwd.safetensors', which the Hub model does not have"),
         ("plan", "acme/index", None, "'../../../etc/passwd.safetensors', which the Hub model does not have"),
-        ("plan", "acme/no-config", None, "has no config.json"),
+        ("plan", "acme/no-config", None, "has no config.json, and no params.json"),
         ("fetch", "acme/no-weights", None, "no model.safetensors or pytorch_model.bin"),
         ("fetch", "acme/no-sha", None, "could not be fetched from the Hub"),
         ("fetch", "acme/a--b", None, "no Hub id"),

@@ -9,14 +9,22 @@ from typing import Literal
 
 from quantkit.checkpoint.reader import safe_path
 from quantkit.errors import SourceError, UsageError
-from quantkit.layouts.base import Checkpoint, CopiedFile, NativeOptions, Target
+from quantkit.layouts.base import Checkpoint, CopiedFile, NativeOptions, Prefer, Target
 from quantkit.layouts.hf import CONFIG, hf_target, open_hf
 from quantkit.layouts.meta_llama import is_meta_llama, open_meta_llama
 from quantkit.layouts.mistral import TOKENIZER, is_native, mistral_target, open_mistral, read_params
 from quantkit.layouts.mistral_params import PARAMS
 
-__all__ = ["Checkpoint", "CopiedFile", "NativeOptions", "Target", "hf_target", "make_hf_target", "mistral_target",
-           "open_checkpoint"]  # fmt: skip
+__all__ = [
+    "Checkpoint",
+    "CopiedFile",
+    "NativeOptions",
+    "Prefer",
+    "Target",
+    "make_hf_target",
+    "mistral_target",
+    "open_checkpoint",
+]
 
 
 def open_checkpoint(
@@ -24,7 +32,7 @@ def open_checkpoint(
     *,
     data_present: bool = True,
     native: NativeOptions | None = None,
-    prefer: Literal["hf", "mistral"] = "hf",
+    prefer: Prefer = "hf",
 ) -> Checkpoint:
     """The checkpoint in `folder`. `data_present=False` is enough for inspecting and planning: the weight files may be
     cut off after their headers, or absent beside an index. Official folders hold the same weights in two layouts:

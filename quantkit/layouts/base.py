@@ -22,6 +22,7 @@ CODE_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "_attn_i
 # They do not travel, and neither do places on somebody's machine.
 STRIPPED = (*CODE_KEYS, "_name_or_path", "_commit_hash")
 
+Prefer = Literal["hf", "mistral"]  # which of two layouts in one folder is read
 Container = Literal["safetensors", "pth"]
 
 
