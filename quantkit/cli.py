@@ -60,13 +60,18 @@ _convert_options = _options(
     click.option("--check/--no-check", default=None, help="Map back and compare what was written.  [default: yes]"),
 )
 _common_options = _options(
-    click.option("--shard-size", "--max-shard-size", metavar="SIZE", help="Largest weight file.  [default: 5GB]"),
+    click.option(
+        "--shard-size",
+        "--max-shard-size",
+        metavar="SIZE",
+        help="Largest weight file.  [default: 5GB; mistral: one file]",
+    ),
     click.option("--max-memory", metavar="SIZE", help="RAM not to exceed; refused beforehand if too little."),
     click.option("--threads", type=int, help="Threads that work on weights.  [default: all cores]"),
     click.option("--revision", help="Branch, tag or commit of a Hub id."),
-    click.option("--rope-theta", type=float, help="For a params.json that does not name it."),
-    click.option("--context", type=int, metavar="TOKENS", help="For a params.json that does not name it."),
-    click.option("--text-only", is_flag=True, default=None, help="Leave out the vision part of a params.json folder."),
+    click.option("--rope-theta", type=float, help="Base of the rotary embedding, if params.json has none."),
+    click.option("--context", type=int, metavar="TOKENS", help="Longest sequence, if params.json does not say it."),
+    click.option("--text-only", is_flag=True, default=None, help="Leave the vision part out."),
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with these settings."),
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
 )
@@ -195,11 +200,16 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     rows = [
         ("files", f"{found.files} {'sizes' if quick else 'checksums'} compared"),
         ("tensors", f"{found.tensors:,} headers compared, {found.quantized:,} quantized"),
-        ("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"),
     ]
+    if found.quantized:
+        rows.append(("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"))
+    if source is not None:
+        copied = found.compared - len(found.errors)
+        rows.append(
+            ("source", f"{found.compared:,} tensors compared; {copied:,} were copied and are equal bit for bit")
+        )
     if found.errors:
         worst = max(found.errors, key=lambda name: found.errors[name])
-        rows.append(("source", f"{found.compared:,} tensors compared"))
         rows.append(("largest error", f"{found.errors[worst]:.4f}  {worst}"))
     rows += [("problem", problem) for problem in found.problems]
     rows.append(("result", f"{len(found.problems)} problems" if found.problems else "sound"))

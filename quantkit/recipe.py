@@ -79,7 +79,7 @@ class Convert(_Block):
 
 
 class Native(_Block):
-    """`native:`, what the params.json of a source in a native layout leaves unsaid."""
+    """`native:`, what the params.json of a source leaves unsaid, and what of the source is read."""
 
     rope_theta: Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False, strict=False)] | None = None
     context: int | None = Field(None, ge=1, lt=2**31)

@@ -14,6 +14,7 @@ from quantkit.layouts.hf import CONFIG, hf_target, open_hf
 from quantkit.layouts.meta_llama import is_meta_llama, open_meta_llama
 from quantkit.layouts.mistral import TOKENIZER, is_native, mistral_target, open_mistral, read_params
 from quantkit.layouts.mistral_params import PARAMS
+from quantkit.layouts.text_part import text_part
 
 __all__ = [
     "Checkpoint",
@@ -51,12 +52,13 @@ def open_checkpoint(
             if is_meta_llama(read_params(folder)):
                 return open_meta_llama(folder, options, data_present=data_present)
             return open_mistral(folder, options, data_present=data_present)
-        if native is not None and native != NativeOptions():
+        if native is not None and (native.rope_theta is not None or native.context is not None):
             raise UsageError(
-                "--rope-theta, --context and --text-only are for folders with params.json, and this one is read by its "
-                "config.json", where=str(folder), hint="leave them out",
+                "--rope-theta and --context are for folders with params.json, and this one is read by its config.json",
+                where=str(folder), hint="leave them out",
             )  # fmt: skip
-        return open_hf(folder, data_present=data_present)
+        checkpoint = open_hf(folder, data_present=data_present)
+        return text_part(checkpoint) if native is not None and native.text_only else checkpoint
     except OSError as e:
         raise SourceError(
             f"{folder.name!r} cannot be read: {e.strerror}", where=str(e.filename), hint="check its permissions"

@@ -121,9 +121,9 @@ def recorded_configuration(folder: Path, file: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class NativeOptions:
-    """What the user says of a folder in a native layout, whose params.json leaves much unsaid.
+    """What the user says of a source beside its name.
 
-    rope_theta, context: where the file does not name them. text_only: leave the vision part out.
+    rope_theta, context: where a params.json does not name them. text_only: leave the vision part out.
     """
 
     rope_theta: float | None = None

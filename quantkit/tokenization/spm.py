@@ -5,7 +5,7 @@ How it is done, and why it is exact, or refused where it would not be:
 - BPE. SentencePiece joins by the score of the piece that comes about, tokenizers by the place of a pair in a list:
   `merges` has the proof that one pair a piece is enough. Pieces of the same score are joined leftmost first, which a
   list cannot say; it can for runs of one character, where the longer left half is the left one.
-- Spaces become ▁ and the text gets one in front. What has no piece falls back to bytes. No pre-tokenizer cuts the text.
+- Spaces become ▁ and the text gets one in front. What has no piece falls back to bytes. No pre-tokenizer cuts words.
 - Control pieces are special tokens and match in text, because transformers renders a chat template to text first:
   "[INST]" becomes its id, as in the tokenizers that Mistral publishes. SentencePiece itself never reads a control piece
   from text; `split_special_tokens=True`, of the call or of `from_pretrained`, gives that.
@@ -15,6 +15,8 @@ How it is done, and why it is exact, or refused where it would not be:
 - User-defined pieces are cut out of the text, whole, before anything is joined. As added tokens they would lose the ▁
   in front of one that starts a text. So a Split isolates them and `ignore_merges` takes them as they are; a second
   Split keeps it from taking the spelling of a control or byte piece that stands between two of them.
+- Decoding is the same for all ids that come from a text. For others it may not be: the unknown piece (a mark there,
+  nothing here), a run of byte pieces that is no UTF-8, the byte of a space in front.
 """
 
 from __future__ import annotations
