@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from measuring import DATA, evict, make_checkpoint, measure
 
 PEER = """
 import sys, torch
@@ -28,28 +28,6 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, 
                                              quantization_config=config)
 model.save_pretrained(sys.argv[2])
 """
-
-
-def evict(folder: Path) -> None:
-    """Takes the folder's files out of the page cache."""
-    for path in folder.iterdir():
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
-def measure(command: list[str], source: Path, out: Path) -> tuple[float, float]:
-    """(seconds until the output is on disk, peak RSS in GB)."""
-    shutil.rmtree(out, ignore_errors=True)
-    evict(source)
-    started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
-        sys.exit(f"failed: {command}")
-    os.sync()
-    return time.monotonic() - started, usage.ru_maxrss * 1024 / 1e9
 
 
 def floor(source: Path, out: Path, nbytes: int) -> float:
@@ -65,18 +43,13 @@ def floor(source: Path, out: Path, nbytes: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=HERE.parent / ".demo" / "bench", help="where the files go")
+    parser.add_argument("--data", type=Path, default=DATA, help="where the files go")
     parser.add_argument("--runs", type=int, default=3, help="runs of quantkit and of dd; the median counts")
     parser.add_argument("--layers", type=int, default=32, help="8 make a checkpoint of 4 GB")
     parser.add_argument("--no-peer", action="store_true", help="quantkit and dd only")
     arguments = parser.parse_args()
-    source, ours, theirs = (arguments.data / n for n in (f"7b-{arguments.layers}", "ours", "theirs"))
-    if not source.exists():
-        print("making the checkpoint", file=sys.stderr)
-        partial = source.with_suffix(".partial")
-        command = [sys.executable, str(HERE / "make_7b.py"), str(partial), str(arguments.layers)]
-        subprocess.run(command, check=True)
-        partial.rename(source)
+    source = make_checkpoint(arguments.data, arguments.layers)
+    ours, theirs = arguments.data / "ours", arguments.data / "theirs"
     run = [sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(ours), "--quiet"]
     measure(run, source, ours)  # compiles the kernels, once for this machine
     results = [measure(run, source, ours) for _ in range(arguments.runs)]

@@ -64,7 +64,7 @@ _common_options = _options(
         "--shard-size",
         "--max-shard-size",
         metavar="SIZE",
-        help="Largest weight file.  [default: 5GB; mistral: one file]",
+        help="Largest weight file.  [default: 5GB]",
     ),
     click.option("--max-memory", metavar="SIZE", help="RAM not to exceed; refused beforehand if too little."),
     click.option("--threads", type=int, help="Threads that work on weights.  [default: all cores]"),
@@ -204,10 +204,8 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     if found.quantized:
         rows.append(("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"))
     if source is not None:
-        copied = found.compared - len(found.errors)
-        rows.append(
-            ("source", f"{found.compared:,} tensors compared; {copied:,} were copied and are equal bit for bit")
-        )
+        bits = found.compared - len(found.errors)
+        rows.append(("source", f"{found.compared:,} tensors compared, {bits:,} of them bit for bit"))
     if found.errors:
         worst = max(found.errors, key=lambda name: found.errors[name])
         rows.append(("largest error", f"{found.errors[worst]:.4f}  {worst}"))
