@@ -57,6 +57,10 @@ WEIGHTS = re.compile(r"consolidated(?:\.\d\d\.pth?|(?:-\d{5}-of-\d{5})?\.safeten
 TOKENIZER = re.compile(r"tokenizer\.model(?:\.v\d+(?:m\d+)?)?|tekken\.json")
 
 
+# The tokenizer once more, as transformers reads it.
+_SAME = re.compile(rf"{TOKENIZER.pattern}|tokenizer(?:_config)?\.json|special_tokens_map\.json")
+
+
 def is_native(folder: Path) -> bool:
     return (folder / PARAMS).exists() or any(WEIGHTS.fullmatch(p.name) for p in folder.iterdir())
 
@@ -290,24 +294,44 @@ def mistral_target(
     kept = {CONFIG: checkpoint.output_config()[0]} if checkpoint.params is None else {}
     if checkpoint.params is not None and (config := recorded_configuration(checkpoint.folder, CONFIG)) is not None:
         kept = {CONFIG: config}
+    copies, others = _copies(checkpoint, facts, old=old, tokenizer=tokenizer)
     return Target(
         "mistral", PARAMS, params,
         names={t.name: str(table.native(t.name)) for t in tensors},
         head_dims={t.name: facts.head_dim for t in tensors if t.name.endswith(ROTARY)},
-        copies=_copies(checkpoint, facts, old=old, tokenizer=tokenizer),
+        copies=tuple(copies),
         container="pth" if pth else "safetensors",
         single="consolidated.00.pth" if pth else "consolidated.safetensors",
         numbered="consolidated-{:05d}-of-{:05d}.safetensors", index_file=INDEX,
-        notes=(*notes, *more), recorded=kept,
+        notes=(*notes, *more, *others), recorded=kept,
     )  # fmt: skip
 
 
-def _copies(checkpoint: Checkpoint, facts: Facts, *, old: bool, tokenizer: bool) -> tuple[CopiedFile, ...]:
+def _copies(checkpoint: Checkpoint, facts: Facts, *, old: bool, tokenizer: bool) -> tuple[list[CopiedFile], list[str]]:
+    """What travels, and notes about what does not."""
     sizes = dict(checkpoint.side_files)
     copies = [CopiedFile(name, name, size) for name, size in sizes.items() if LICENCE_FILES.fullmatch(name)]
-    if not tokenizer:
-        return tuple(copies)
-    where = str(checkpoint.folder)
+    notes = []
+    if tokenizer:
+        file, count = _tokenizer(checkpoint, facts, old=old)
+        copies.append(file)
+        if count < facts.vocab_size:
+            notes.append(
+                f"{file.name} has {count:,} tokens, the model {facts.vocab_size:,}: ids from {count:,} on, such as "
+                "tokens that a fine-tune added, stand for no text here"
+            )
+    left = [name for name in sizes if name not in [f.source for f in copies] and not _SAME.fullmatch(name)]
+    config = checkpoint.folder / "tokenizer_config.json"
+    if config.name in sizes and b'"chat_template"' in config.read_bytes():
+        left.append(f"the chat template in {config.name}")
+    if left:
+        notes.append(f"left behind, because this layout has no place for them: {', '.join(left)}")
+    return copies, notes
+
+
+def _tokenizer(checkpoint: Checkpoint, facts: Facts, *, old: bool) -> tuple[CopiedFile, int]:
+    """The one tokenizer file of the folder to write, and how many tokens it has."""
+    sizes, where = dict(checkpoint.side_files), str(checkpoint.folder)
     found = native_tokenizer(
         sizes, lambda name: safe_path(checkpoint.folder, name).read_bytes(), vocab_size=facts.vocab_size, where=where
     )
@@ -316,12 +340,10 @@ def _copies(checkpoint: Checkpoint, facts: Facts, *, old: bool, tokenizer: bool)
             "the folder has no tokenizer", where=where,
             hint="put tokenizer.model or tekken.json into it, or leave the tokenizer out with --no-tokenizer",
         )  # fmt: skip
-    source, name = found
-    if old:
-        if source == "tekken.json":
-            raise SourceError(
-                "the reference program of 2023 reads tokenizer.model alone, and this model's tokenizer is tekken.json",
-                where=where, hint="leave --profile out",
-            )  # fmt: skip
-        name = "tokenizer.model"
-    return (*copies, CopiedFile(source, name, sizes[source]))
+    if old and found.source == "tekken.json":
+        raise SourceError(
+            "the reference program of 2023 reads tokenizer.model alone, and this model's tokenizer is tekken.json",
+            where=where, hint="leave --profile out",
+        )  # fmt: skip
+    name = "tokenizer.model" if old else found.name
+    return CopiedFile(found.source, name, sizes[found.source]), found.size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit.errors import SourceError
@@ -68,10 +69,19 @@ def hf_tokenizer_files(
 _TEKKEN_NAMES = {"bos": tekken.BOS, "eos": tekken.EOS, "unk": tekken.UNK, "pad": tekken.PAD}
 
 
+@dataclass(frozen=True)
+class NativeTokenizer:
+    """Which file of a folder a native one needs, what it is called there, and how many tokens it has."""
+
+    source: str
+    name: str
+    size: int
+
+
 def native_tokenizer(
     names: Iterable[str], read: Callable[[str], bytes], *, vocab_size: int, where: str
-) -> tuple[str, str] | None:
-    """The file of a Hugging Face folder that a native folder needs, and its name there; None if no tokenizer is there.
+) -> NativeTokenizer | None:
+    """The tokenizer of a Hugging Face folder for a native one; None if no tokenizer is there.
 
     `names` are the files of the folder `where`, `read` gives the content of one. Native loaders want exactly one
     tokenizer file and choose the prompt's form by its name: `.v3` and so on are kept, and a tokenizer.model that has
@@ -87,7 +97,7 @@ def native_tokenizer(
         raise SourceError(
             f"{others[0]} is there, but neither tokenizer.model nor tekken.json, and they cannot be made from it",
             where=where,
-            hint="add the one that the model was trained with: its first publisher has it",
+            hint="add the one that the model was trained with, or leave the tokenizer out with --no-tokenizer",
         )
     found: dict[bytes, list[str]] = {}
     for name in natives:
@@ -111,7 +121,7 @@ def native_tokenizer(
             where=where,
             hint="take the one away that the model was not trained with",
         )
-    return fitting[0], targets[fitting[0]]
+    return NativeTokenizer(fitting[0], targets[fitting[0]], sizes[fitting[0]])
 
 
 def _named(name: str, tokenizer: SentencePieceModel | Tekken) -> str:

@@ -26,7 +26,9 @@ TEKKEN = json.dumps(
 
 
 def pick(files: dict[str, bytes], vocab_size: int) -> tuple[str, str] | None:
-    return native_tokenizer(files, files.__getitem__, vocab_size=vocab_size, where="/m")
+    found = native_tokenizer(files, files.__getitem__, vocab_size=vocab_size, where="/m")
+    assert found is None or 0 < found.size <= vocab_size
+    return None if found is None else (found.source, found.name)
 
 
 @pytest.mark.parametrize(
