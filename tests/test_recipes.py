@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from oracle.native_models import make_native
 
 from quantkit.api import plan_recipe
 from quantkit.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-MODEL = {"smollm2": "llama", "bloomz": "bloom", "claire": "falcon"}
+MODEL = {"smollm2": "llama", "bloomz": "bloom", "claire": "falcon", "mistral": "mistral"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_plans(path: Path, tiny: Callable[[str], Path]) -> None:
-    recipe = load_recipe(path, options={"source": str(tiny(MODEL[path.stem.split("-")[0]]))})
+def test_recipe_plans(path: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    native = "to-hf" in path.stem
+    source = make_native(tmp_path / "native") if native else tiny(MODEL[path.stem.split("-")[0]])
+    options: dict[str, Any] = {"source": str(source)}
+    if "-to-" in path.stem:
+        options["convert.tokenizer"] = False  # the small models have none of that kind
+    recipe = load_recipe(path, options=options)
     plan, _ = plan_recipe(recipe)
     assert recipe.output
     assert path.read_text().startswith("# ")
-    assert 4.1 < plan.bits_per_weight < 8  # small layers carry their tables, 1.3 kB each
+    if plan.bits_per_weight is None:
+        assert plan.layout == ("hf" if native else "mistral")
+    else:
+        assert 4.1 < plan.bits_per_weight < 8  # small layers carry their tables, 1.3 kB each
