@@ -27,6 +27,7 @@ from quantkit.checkpoint.header import TensorInfo
 from quantkit.checkpoint.reader import read_json
 from quantkit.errors import SourceError, UsageError
 from quantkit.layouts.hf import code_keys
+from quantkit.layouts.mistral_params import PARAMS
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,11 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | 
     if not isinstance(wanted, torch.dtype) and dtype is not None:
         raise UsageError(f"dtype {dtype!r} is not a torch dtype", hint="`bfloat16`, `float16` or `float32`")
     path = Path(folder)
+    if (path / PARAMS).is_file() and not (path / "config.json").is_file():
+        raise SourceError(
+            "this folder is in Mistral's own layout, which transformers does not read", where=str(path),
+            hint=f"quantkit convert {path.name} --to hf -o OUT",
+        )  # fmt: skip
     if code := code_keys(read_json(path / "config.json")):
         raise SourceError(
             f"config.json names code to run or to fetch: {', '.join(code)}", where=str(path / "config.json"),

@@ -103,8 +103,9 @@ def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: boo
 
 
 def _checked(plan: Plan) -> str:
-    decoded = sum(u.source.scales is not None for u in plan.units)
-    same = f"{len(plan.units) - decoded:,} tensors mapped back, each equal to the source bit for bit"
+    copied = [u for u in plan.units if u.linear is None]
+    decoded = sum(u.source.scales is not None for u in copied)
+    same = f"{len(copied) - decoded:,} tensors mapped back, each equal to the source bit for bit"
     return same + (f"; {decoded:,} from FP8 equal to what was decoded" if decoded else "")
 
 
