@@ -68,7 +68,7 @@ class SourceTensor(TensorSpec):
             return 0
         if self.head_dim:
             return self.head_dim * self.columns
-        if len(self.parts) > 1 or self.scales is not None:
+        if self.axis == 1 or self.scales is not None:
             return self.columns
         return 8  # a byte, whatever the dtype
 

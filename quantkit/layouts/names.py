@@ -42,4 +42,6 @@ def _is_index(part: str) -> bool:
 def _translate(name: str, table: dict[str, str]) -> str | None:
     pattern, indices = pattern_of(name)
     target = table.get(pattern)
-    return None if target is None else fill(target, indices)
+    if target is None or len(indices) != target.count("*"):  # a `*` in a stranger's name is no index
+        return None
+    return fill(target, indices)
