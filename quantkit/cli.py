@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import click
 
@@ -83,7 +83,7 @@ _output = _options(
 )
 
 
-def _recipe(options: dict[str, Any]) -> Recipe:
+def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert"] | None = None) -> Recipe:
     from quantkit.recipe import load_recipe
 
     keys = {
@@ -111,7 +111,7 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     }
     options["skip"] = options.get("skip") or None
     given = {dotted: options.get(name) for name, dotted in keys.items()}
-    return load_recipe(options.get("recipe"), options.get("assignments", ()), given)
+    return load_recipe(options.get("recipe"), options.get("assignments", ()), given, verb=verb)
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -153,7 +153,7 @@ def plan(as_json: bool, quiet: bool, **options: Any) -> None:
 @_output_options
 def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Quantize SRC into OUT. The same command resumes an interrupted run."""
-    _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+    _plan_or_run(_recipe(options, "quantize"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
 
 
 @cli.command()
@@ -167,13 +167,7 @@ def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: A
 
     Every tensor is mapped back and compared with the source. The same command resumes an interrupted run.
     """
-    if (
-        options["recipe"] is None
-        and options["to"] is None
-        and not any("convert.to" in a for a in options["assignments"])
-    ):
-        raise UsageError("which layout is to be written?", hint="add --to hf or --to mistral")
-    _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+    _plan_or_run(_recipe(options, "convert"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
 
 
 @cli.command()

@@ -30,6 +30,7 @@ from quantkit.checkpoint.reader import read_json, safe_path
 from quantkit.errors import SourceError
 from quantkit.hub_errors import HTTPError, explained
 from quantkit.layouts import Prefer
+from quantkit.layouts.base import MANIFEST
 from quantkit.layouts.hf import CONFIG, MAX_SIDE_FILE, SAFETENSORS_INDEX, SIDE_FILES, TORCH_INDEX
 from quantkit.layouts.mistral import INDEX as NATIVE_INDEX
 from quantkit.layouts.mistral import WEIGHTS as NATIVE_WEIGHTS
@@ -118,7 +119,7 @@ class Repository:
 
     def fetch_small(self, revision: str | None, *, quiet: bool) -> Path:
         """Fetches config, index, card and what travels with the weights. Returns the snapshot's folder."""
-        names = [n for n in self.sizes if n == CARD or SIDE_FILES.fullmatch(n)]
+        names = [n for n in self.sizes if n in (CARD, MANIFEST) or SIDE_FILES.fullmatch(n)]
         if self.native:
             names += [NATIVE_INDEX] if NATIVE_INDEX in self.sizes else []
         elif (chosen := next(n for n in _WEIGHT_SETS if n in self.sizes)).endswith(".json"):
@@ -169,7 +170,9 @@ class Repository:
         folder.mkdir(parents=True)
         # From the snapshot, not from our list: what else somebody put there, the run will see as well.
         for path in snapshot.iterdir():
-            if path.name in (self.config, CARD, SAFETENSORS_INDEX, NATIVE_INDEX) or SIDE_FILES.fullmatch(path.name):
+            if path.name in (self.config, CARD, MANIFEST, SAFETENSORS_INDEX, NATIVE_INDEX) or SIDE_FILES.fullmatch(
+                path.name
+            ):
                 shutil.copyfile(safe_path(snapshot, path.name), folder / path.name)
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
             list(pool.map(lambda name: self._header_file(folder / name), names))

@@ -18,6 +18,9 @@ MIB = 1 << 20
 BASE = 240 * MIB
 # The interpreter with numpy, where tensors are only moved: no compiler.
 BASE_COPY = 110 * MIB
+# Before any slab is there, a tokenizer is converted: so many times the file that comes of it (22 and 34 were measured
+# for tekken's 4.9 MB and SentencePiece's 1 MB), beside the interpreter alone.
+INTERPRETER, TOKENIZER = 60 * MIB, 26
 # transformers and torch on top, where they are asked for an architecture that has no row in our table: 300 MiB.
 BASE_DERIVED = 400 * MIB
 # torch and bitsandbytes on top, where a GPU encodes: their CUDA libraries and context.
@@ -80,10 +83,10 @@ def plan_memory(
     limit: int | None,
     device: str,
     derived: bool = False,
-    extra: int = 0,
+    generated: int = 0,
 ) -> MemoryPlan:
     """MemoryPlan for a job that writes `tensors` tensors; `derived` if the architecture has no row in the table;
-    `extra` bytes beside all that.
+    `generated` bytes of tokenizer files are made before the weights are read.
 
     A slab is never smaller than a granule. With `limit` bytes, threads and slabs shrink until they fit; UsageError if
     even the smallest do not.
@@ -93,7 +96,9 @@ def plan_memory(
     encoded = [w.source.numel for w in work if w.encoded]
     state = int(STATE_PER_WEIGHT * TENSORS_IN_FLIGHT * max(encoded, default=0))
     base = BASE_GPU if device != "cpu" else BASE if encoded else BASE_COPY
-    base += (BASE_DERIVED if derived else 0) + extra
+    if generated:
+        base = max(base, INTERPRETER + TOKENIZER * generated) + 3 * generated
+    base += BASE_DERIVED if derived else 0
     whole = max((w.source.nbytes for w in work if not w.granule), default=0)
 
     def at(workers: int, slab: int) -> MemoryPlan:

@@ -132,7 +132,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
             "files": [[f.name, f.nbytes, f.identity] for f in checkpoint.files],
             "side_files": checkpoint.side_files,
             "config": config,
-            "params": checkpoint.params,
+            "recorded": target.recorded,
             "generated": {name: hashlib.sha256(data).hexdigest() for name, data in target.generated.items()},
             "card": digest(checkpoint.parent_card),
             "tensors": [[[t.name, t.dtype, list(t.shape)], t.file, t.offset] for u in units for t in u.outputs],
@@ -274,7 +274,7 @@ def _memory(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Targ
         limit=recipe.resources.max_memory,
         device=recipe.resources.device,
         derived=chosen.derived,
-        extra=3 * sum(map(len, target.generated.values())),
+        generated=sum(map(len, target.generated.values())),
     )
 
 

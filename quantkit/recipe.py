@@ -168,8 +168,15 @@ class _Fail(Protocol):
     def __call__(self, what: str, keys: tuple[str, ...], hint: str = "") -> RecipeError: ...
 
 
-def load_recipe(path: Path | None, assignments: Sequence[str] = (), options: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: Path | None,
+    assignments: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    *,
+    verb: Literal["quantize", "convert"] | None = None,
+) -> Recipe:
     """A Recipe from a YAML file (or none), `--set key=value` assignments and options given as {dotted key: value}.
+    `verb` is what it must do; None leaves that to the recipe.
 
     Raises RecipeError. Options that are None were not given.
     """
@@ -188,7 +195,15 @@ def load_recipe(path: Path | None, assignments: Sequence[str] = (), options: Map
     for key, value in (options or {}).items():
         if value is not None:
             _put(table, key, value)
-    return build_recipe(table, where=str(path) if path else "", lines=lines)
+    where = str(path) if path else ""
+    if verb == "quantize":
+        table.setdefault("quantize", {})
+    elif verb == "convert" and "convert" not in table:
+        raise RecipeError("which layout is to be written?", where=where, hint="add --to hf or --to mistral")
+    recipe = build_recipe(table, where=where, lines=lines)
+    if verb == "convert" and recipe.quantize is not None:
+        raise RecipeError("the recipe quantizes, too", where=where, hint="do it with `quantkit run` or `quantize`")
+    return recipe
 
 
 def build_recipe(

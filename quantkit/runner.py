@@ -31,7 +31,7 @@ from quantkit.checkpoint.views import SourceTensor, same_bytes
 from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write_error, write_file
 from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
-from quantkit.errors import Interrupted, RunError, SourceError, VerifyError
+from quantkit.errors import Interrupted, RunError, SourceError
 from quantkit.kernels.rope import to_halves, to_pairs
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import index_text
@@ -82,7 +82,7 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         finally:
             writer.close()
         _publish(plan, checkpoint, out, measured)
-        if plan.checked:
+        if plan.checked and plan.recipe.quantize is None:
             _reopen(plan, out)
         journal.remove()
     except KeyboardInterrupt:
@@ -300,11 +300,20 @@ class _Run:
 
 
 def _reopen(plan: Plan, out: Path) -> None:
-    """Reads the written folder as a stranger's, by its own layout: the same tensors must come out of it."""
-    found = open_checkpoint(out, prefer="hf" if plan.layout == "hf" else "mistral").tensors
-    wanted = {u.name: (u.source.dtype, u.source.shape) for u in plan.units if u.linear is None}
-    if plan.recipe.quantize is None and {n: (t.dtype, t.shape) for n, t in found.items()} != wanted:
-        raise VerifyError("the written folder does not hold the model's tensors: a fault of quantkit", where=str(out))
+    """Reads the written folder as a stranger's, by its own layout: the same tensors must come out of it. RunError if
+    not, and then no loader takes the folder for a model."""
+    wanted = {u.name: (u.source.dtype, u.source.shape) for u in plan.units}
+    try:
+        found = open_checkpoint(out, prefer="hf" if plan.layout == "hf" else "mistral").tensors
+        fault = "" if {n: (t.dtype, t.shape) for n, t in found.items()} == wanted else "its tensors are others"
+    except SourceError as e:
+        fault = e.what
+    if fault:
+        (out / plan.config_file).unlink()
+        raise RunError(
+            f"the written folder does not hold the model: {fault}; a fault of quantkit or of the disk",
+            where=str(out), hint="run the same command with --force",
+        )  # fmt: skip
 
 
 def _publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) -> None:

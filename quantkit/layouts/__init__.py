@@ -9,8 +9,16 @@ from typing import Literal
 
 from quantkit.checkpoint.reader import safe_path
 from quantkit.errors import SourceError, UsageError
-from quantkit.layouts.base import Checkpoint, CopiedFile, NativeOptions, Prefer, Target
-from quantkit.layouts.hf import CONFIG, hf_target, open_hf
+from quantkit.layouts.base import (
+    Checkpoint,
+    CopiedFile,
+    NativeOptions,
+    Prefer,
+    Target,
+    record,
+    recorded_configuration,
+)
+from quantkit.layouts.hf import CONFIG, TOKENIZER_FILES, hf_target, open_hf
 from quantkit.layouts.meta_llama import is_meta_llama, open_meta_llama
 from quantkit.layouts.mistral import TOKENIZER, is_native, mistral_target, open_mistral, read_params
 from quantkit.layouts.mistral_params import PARAMS
@@ -73,17 +81,16 @@ def _has_hf_weights(folder: Path) -> bool:
 def make_hf_target(checkpoint: Checkpoint, *, tokenizer: Literal["required", "if there is one", "none"]) -> Target:
     """A Hugging Face folder of a checkpoint in any layout: for a native one, with the tokenizer files that
     transformers reads made from the one that is there."""
-    target = hf_target(checkpoint)
+    params = checkpoint.params or recorded_configuration(checkpoint.folder, PARAMS)
+    target = replace(hf_target(checkpoint), recorded=record(PARAMS, params))
+    if tokenizer == "none":
+        return replace(target, copies=tuple(f for f in target.copies if not TOKENIZER_FILES.fullmatch(f.name)))
     if checkpoint.params is None:
         return target
     from quantkit.tokenization import hf_tokenizer_files
 
-    target = replace(target, recorded={PARAMS: checkpoint.params})
     names = {file.name for file in target.copies}
     natives = sorted(n for n in names if TOKENIZER.fullmatch(n))
-    if tokenizer == "none":
-        kept = tuple(file for file in target.copies if "token" not in file.name and file.name not in natives)
-        return replace(target, copies=kept)
     if "tokenizer.json" in names:  # an official folder has both
         return target
     if len(natives) != 1:
@@ -100,4 +107,5 @@ def make_hf_target(checkpoint: Checkpoint, *, tokenizer: Literal["required", "if
     generated, notes = hf_tokenizer_files(
         natives[0], path.read_bytes(), where=str(path), vocab_size=checkpoint.config["vocab_size"], context=context
     )
-    return replace(target, generated=generated, notes=tuple(notes))
+    copies = tuple(file for file in target.copies if file.name not in generated)
+    return replace(target, copies=copies, generated=generated, notes=tuple(notes))

@@ -6,6 +6,7 @@ rest of the program knows no other.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ class Target:
     index_file: str = "model.safetensors.index.json"
     stripped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    recorded: Mapping[str, Any] | None = None
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
 
 def strip(value: Any, removed: list[str]) -> Any:
@@ -116,7 +117,16 @@ def recorded_configuration(folder: Path, file: str) -> dict[str, Any] | None:
     except SourceError:
         return None
     found = kept.get(file) if isinstance(kept, dict) else None
-    return found if isinstance(found, dict) else None
+    return strip(found, []) if isinstance(found, dict) else None
+
+
+def record(file: str, content: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the manifest keeps of a configuration file: nothing, if it is not there, or not what JSON can say."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError:
+        return {}
+    return {} if content is None else {file: content}
 
 
 @dataclass(frozen=True)

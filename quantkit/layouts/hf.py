@@ -27,6 +27,10 @@ SIDE_FILES = re.compile(
     r"|(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)(?:[.\-_].*)?)",
     re.IGNORECASE,
 )
+TOKENIZER_FILES = re.compile(
+    r"tokenizer.*|tekken\.json|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|chat_template.*",
+    re.IGNORECASE,
+)
 LICENCE_FILES = re.compile(rf"(?={SIDE_FILES.pattern})(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY).*", re.IGNORECASE)
 MAX_SIDE_FILE = 256 * 1024 * 1024
 

@@ -17,8 +17,10 @@ from quantkit.checkpoint.views import SourceTensor
 from quantkit.errors import SourceError
 from quantkit.layouts.base import Checkpoint, NativeOptions
 from quantkit.layouts.hf import side_files
-from quantkit.layouts.mistral import read_params, weight_names
+from quantkit.layouts.mistral import check_plain, read_params, weight_names
 from quantkit.layouts.mistral_config import facts_of_config
+from quantkit.layouts.mistral_facts import MAX_LAYERS, Fields
+from quantkit.layouts.mistral_hf_config import DTYPES
 from quantkit.layouts.mistral_names import BUFFERS, DENSE, ROTARY, check_complete
 from quantkit.layouts.mistral_params import PARAMS
 
@@ -39,8 +41,6 @@ def is_meta_llama(params: Mapping[str, Any]) -> bool:
 def open_meta_llama(folder: Path, options: NativeOptions, *, data_present: bool = True) -> Checkpoint:
     """Reads params and the headers of all shards. Raises SourceError, naming the file at fault."""
     params, where = read_params(folder), str(folder / PARAMS)
-    if strange := [key for key in params if key not in _KNOWN]:
-        raise SourceError(f"{PARAMS} has the key {quote(strange[0])}, which is not known here", where=where)
     shards: list[list[TensorInfo]] = []
     files: list[WeightFile] = []
     for name in weight_names(folder):  # one by one: each holds the same names
@@ -49,6 +49,7 @@ def open_meta_llama(folder: Path, options: NativeOptions, *, data_present: bool 
         files.append(file)
     found, dropped = _joined(shards, params, folder)
     config, notes = _config(params, {t.name: t for t in found}, options, where)
+    check_plain(params, where)
     facts, _ = facts_of_config(_plain_rope(config), where=where)
     heads = facts.head_dim
     found = [replace(t, head_dim=heads) if t.name.endswith(ROTARY) else t for t in found]
@@ -65,6 +66,11 @@ def _joined(
     """Every tensor with the shares of all devices, in the order of the first file; names left out."""
     by_name = [{t.name: t for t in shard} for shard in shards]
     found, dropped = [], []
+    for info in (t for shard in shards[1:] for t in shard if t.name not in by_name[0]):
+        raise SourceError(
+            f"tensor {quote(info.name)} is not in the first shard", where=str(folder / info.file),
+            hint=f"the shards and {PARAMS} must be of one download",
+        )  # fmt: skip
     for info in shards[0]:
         if BUFFERS.fullmatch(info.name):
             dropped.append(info.name)
@@ -98,50 +104,55 @@ def _axis(info: TensorInfo, params: Mapping[str, Any]) -> int | None:
 def _config(
     params: Mapping[str, Any], tensors: Mapping[str, SourceTensor], options: NativeOptions, where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """config.json as transformers' LlamaConfig wants it. Widths come from the tensors."""
-    sizes = {key: params.get(key) for key in ("dim", "n_layers", "n_heads")}
-    for key, value in sizes.items():
-        if type(value) is not int or not 0 < value < 2**31:
-            raise SourceError(f"{PARAMS}: {key} is {quote(value)}, which is no size", where=where)
+    """config.json as transformers' LlamaConfig wants it, and notes about what was assumed. Widths come from the
+    tensors: params.json only says how they were computed."""
+    fields = Fields(params, where, PARAMS)
+    for key in params:
+        if key not in _KNOWN:
+            raise fields.unknown(key, _KNOWN)
+    dim, layers, heads = (fields.need(key, "size") for key in ("dim", "n_layers", "n_heads"))
+    if layers > MAX_LAYERS:
+        raise fields.fail("n_layers", f"is {layers:,}: no model has so many layers", "fetch the original file")
+    if dim % heads:
+        raise fields.fail("n_heads", f"is {heads}, which does not divide dim, {dim}", "fetch the original file")
     embedding = tensors.get("model.embed_tokens.weight")
     gate = tensors.get("model.layers.0.mlp.gate_proj.weight")
     if embedding is None or gate is None or len(embedding.shape) != 2 or len(gate.shape) != 2:
         raise SourceError("the embedding or the first layer is missing", where=where, hint="fetch the shards again")
-    heads, eps, theta = params["n_heads"], params.get("norm_eps"), params.get("rope_theta", options.rope_theta)
-    notes = []
+    notes: list[str] = []
+    theta = fields.said("rope_theta", "number", options.rope_theta, "--rope-theta")
     if theta is None:
         theta = 10000.0
-        notes.append(f"{PARAMS} has no rope_theta: 10,000 is meant, as in Llama 1 and 2")
-    if not isinstance(eps, float) or not isinstance(theta, (int, float)) or isinstance(theta, bool) or not theta > 0:
-        raise SourceError(f"{PARAMS}: norm_eps or rope_theta is no positive number", where=where)
-    scaled = params.get("use_scaled_rope") is True
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(theta)}
+        notes.append(f"rope_theta is not in {PARAMS}: 10000, as in Llama 1 and 2 (--rope-theta says otherwise)")
+    scaled = bool(fields.flag("use_scaled_rope"))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if scaled:
-        factor = params.get("rope_scaling_factor", 8)
-        high = params.get("rope_high_freq_factor", 4)
-        scaling = {"rope_type": "llama3", "factor": float(factor), "low_freq_factor": 1.0,
-                   "high_freq_factor": float(high), "original_max_position_embeddings": 8192}  # fmt: skip
-        rope = {**scaling, "rope_theta": float(theta)}
-        if "rope_scaling_factor" not in params:
-            notes.append(f"{PARAMS} does not name the factor of its scaled rope; 8 is assumed, as in Llama 3.1")
-    usual = 131072 if scaled else 8192 if theta >= 500_000 else 4096
-    context = params.get("max_seq_len") or options.context or usual
-    if not params.get("max_seq_len") and not options.context:
-        notes.append(f"{PARAMS} does not say how long a context may be; {usual:,} tokens are assumed")
-    dtype = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(embedding.dtype)
-    head_dim = params["dim"] // heads
+        factor = fields.number("rope_scaling_factor")
+        if factor is None:
+            notes.append(f"rope_scaling_factor is not in {PARAMS}: 8 is taken, as in Llama 3.1")
+        rope = {"rope_type": "llama3", "factor": factor or 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": fields.number("rope_high_freq_factor") or 4.0,
+                "original_max_position_embeddings": 8192, "rope_theta": theta}  # fmt: skip
+    context = fields.said("max_seq_len", "size", options.context, "--context")
+    if context is None:
+        context = 131072 if scaled else 8192 if theta >= 500_000 else 4096
+        notes.append(
+            f"{PARAMS} does not say how long a context may be; {context:,} tokens are assumed "
+            "(--context says otherwise)"
+        )
     first, last = (128000, 128001) if embedding.shape[0] > 100_000 else (1, 2)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "vocab_size": embedding.shape[0], "hidden_size": params["dim"], "intermediate_size": gate.shape[0],
-        "num_hidden_layers": params["n_layers"], "num_attention_heads": heads,
-        "num_key_value_heads": params.get("n_kv_heads") or heads, "head_dim": head_dim, "hidden_act": "silu",
-        "max_position_embeddings": context, "rms_norm_eps": eps, "rope_theta": float(theta), "rope_parameters": rope,
+        "vocab_size": embedding.shape[0], "hidden_size": dim, "intermediate_size": gate.shape[0],
+        "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": fields.size("n_kv_heads") or heads, "head_dim": dim // heads, "hidden_act": "silu",
+        "max_position_embeddings": context, "rms_norm_eps": fields.need("norm_eps", "number"),
+        "rope_theta": theta, "rope_parameters": rope,
         "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
         "initializer_range": 0.02, "use_cache": True, "bos_token_id": first, "eos_token_id": last,
-        "dtype": dtype, "torch_dtype": dtype,
+        "dtype": DTYPES.get(embedding.dtype), "torch_dtype": DTYPES.get(embedding.dtype),
     }  # fmt: skip
-    if scaled:
+    if scaled:  # for transformers 4
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return config, notes
 

@@ -23,12 +23,14 @@ from quantkit.layouts.base import (
     CopiedFile,
     NativeOptions,
     Target,
+    record,
     recorded_configuration,
 )
 from quantkit.layouts.hf import CONFIG, LICENCE_FILES, match_index, read_index, side_files
 from quantkit.layouts.mistral_config import (
     Facts,
     config_of_facts,
+    context_of_config,
     context_of_params,
     default_context,
     facts_of_config,
@@ -72,6 +74,7 @@ def open_mistral(folder: Path, options: NativeOptions, *, data_present: bool = T
     """Reads params, headers and an index if there is one. Raises SourceError, naming the file at fault."""
     params, where = read_params(folder), str(folder / PARAMS)
     facts, notes = facts_of_params(params, where=where, rope_theta=options.rope_theta, text_only=options.text_only)
+    check_plain(params, where)
     stored, files = _stored(folder, data_present=data_present)
     tensors, dropped, more = _canonical(stored, facts, folder, options)
     config = make_config(facts, params, options, _dtype(tensors), folder, notes)
@@ -89,6 +92,14 @@ def read_params(folder: Path) -> dict[str, Any]:
             hint="fetch it from where the weights come from: nothing else says the number of heads",
         )  # fmt: skip
     return read_json(safe_path(folder, PARAMS))
+
+
+def check_plain(params: Mapping[str, Any], where: str) -> None:
+    """SourceError for NaN or an infinity in a key that nothing else reads: Python's JSON alone lets it pass."""
+    if not record(PARAMS, params):
+        raise SourceError(
+            f"{PARAMS} holds NaN or an infinity, which is no JSON", where=where, hint="fetch the original file"
+        )
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -136,6 +147,7 @@ def _canonical(
     scales = {t.name.removesuffix(".qscale_weight"): t for t in stored if t.name.endswith(".qscale_weight")}
     found: list[SourceTensor] = []
     dropped: list[str] = []
+    notes: list[str] = []
     for info in stored:
         module, _, leaf = info.name.rpartition(".")
         if leaf == "qscale_weight":
@@ -146,13 +158,15 @@ def _canonical(
         elif (canonical := table.canonical(info.name)) is not None:
             if canonical == HEAD and facts.tied:
                 dropped.append(info.name)
+                notes.append(f"{info.name} is left out: {PARAMS} says that the head is the embedding")
                 continue
-            found.append(_view(canonical, info, facts, scales.get(module), folder))
+            scale = scales.pop(module, None) if info.dtype.startswith("F8") else None
+            found.append(_view(canonical, info, facts, scale, folder))
         elif facts.experts and (several := _stacked(info, facts, folder)):
             found += several
         else:
             raise _unknown(info, folder)
-    notes = []
+    dropped += [scale.name for scale in scales.values()]  # of what is not there, or no FP8
     if decoded := sum(t.scales is not None for t in found):
         notes.append(f"{decoded} tensors are stored in FP8 and are decoded to bfloat16, without activation scales")
     vision = sum(name.startswith(VISION) for name in dropped)
@@ -182,7 +196,12 @@ def _scales(info: TensorInfo, scale: TensorInfo | None, folder: Path) -> np.ndar
             f"tensor {quote(info.name)} is {info.dtype} without a scale that is known here", where=where,
             hint="FP8 weights are read as E4M3 with a `qscale_weight` beside them; fetch the 16-bit weights instead",
         )  # fmt: skip
-    if scale.numel not in (1, info.shape[0]) or scale.dtype not in ("F32", "BF16") or scale.nbytes > 1 << 24:
+    rows = info.shape[0]
+    if (
+        scale.shape not in ((), (1,), (rows,), (rows, 1))
+        or scale.dtype not in ("F32", "BF16")
+        or scale.nbytes > 1 << 24
+    ):
         raise SourceError(
             f"tensor {quote(scale.name)} is {scale.dtype} {list(scale.shape)}: neither one scale nor one for each row",
             where=where, hint="fetch the 16-bit weights instead",
@@ -247,6 +266,8 @@ def make_config(
     length = context or options.context or length
     fresh = config_of_facts(facts, dtype=dtype, context=length)
     config, restored = restore_config(facts, recorded_configuration(folder, CONFIG), fresh)
+    if restored and (context or options.context):  # what is said goes before what was kept
+        config = {**config, "max_position_embeddings": length}
     if assumed and not (restored or context or options.context):
         notes.append(
             f"{PARAMS} does not say how long a context may be; {length:,} tokens are assumed (--context says otherwise)"
@@ -274,7 +295,9 @@ def mistral_target(
             hint="fetch them, or their headers: what is planned here needs every tensor's shape",
         )  # fmt: skip
     table = table_of(facts)
-    tensors = [t for t in tensors if not (t.name == HEAD and facts.tied)]
+    if facts.tied and HEAD in checkpoint.tensors:
+        tensors = [t for t in tensors if t.name != HEAD]
+        notes = [*notes, f"{HEAD} is left out: {CONFIG} says that the head is the embedding"]
     unknown = next((t for t in tensors if table.native(t.name) is None), None)
     if unknown is not None:
         raise SourceError(
@@ -285,15 +308,15 @@ def mistral_target(
     old = profile == "one-file-ref-2023"
     if old and weights_format == "safetensors":
         raise UsageError("the reference program of 2023 reads no safetensors", hint="leave --weights-format out")
-    context = checkpoint.config.get("max_position_embeddings")
-    params, more = params_of_facts(facts, profile=profile, context=context if type(context) is int else None)
+    context = None
+    if checkpoint.config.get("max_position_embeddings") is not None:
+        context = context_of_config(checkpoint.config, where=str(checkpoint.folder / CONFIG))
+    params, more = params_of_facts(facts, profile=profile, context=context)
     recorded = checkpoint.params or recorded_configuration(checkpoint.folder, PARAMS)
     if not old:
         params, _ = restore_params(facts, recorded, params)
     pth = (weights_format or ("pth" if old else "safetensors")) == "pth"
-    kept = {CONFIG: checkpoint.output_config()[0]} if checkpoint.params is None else {}
-    if checkpoint.params is not None and (config := recorded_configuration(checkpoint.folder, CONFIG)) is not None:
-        kept = {CONFIG: config}
+    kept = recorded_configuration(checkpoint.folder, CONFIG) if checkpoint.params else checkpoint.output_config()[0]
     copies, others = _copies(checkpoint, facts, old=old, tokenizer=tokenizer)
     return Target(
         "mistral", PARAMS, params,
@@ -303,7 +326,7 @@ def mistral_target(
         container="pth" if pth else "safetensors",
         single="consolidated.00.pth" if pth else "consolidated.safetensors",
         numbered="consolidated-{:05d}-of-{:05d}.safetensors", index_file=INDEX,
-        notes=(*notes, *more, *others), recorded=kept,
+        notes=(*notes, *more, *others), recorded=record(CONFIG, kept),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from quantkit.errors import SourceError
 from quantkit.layouts.base import strip
 from quantkit.layouts.mistral_facts import THETA, Facts, Yarn, default_context, generation
-from quantkit.layouts.mistral_hf_config import DTYPES, config_of_facts, context_of_config, facts_of_config
+from quantkit.layouts.mistral_hf_config import CLASSES, DTYPES, config_of_facts, context_of_config, facts_of_config
 from quantkit.layouts.mistral_params import (
     QUANTIZATION_KEYS,
     Profile,
@@ -62,7 +62,11 @@ def restore_config(
             return fresh, False
     except SourceError:
         return fresh, False
-    return strip(config, []), True
+    if config.get("architectures") not in (None, [CLASSES[config["model_type"]][0]]):  # vLLM goes by this name
+        return fresh, False
+    # Loaders cast to the dtype that is named: it is that of the weights, whatever the record says.
+    said = {key: fresh[key] for key in ("dtype", "torch_dtype") if key in config and key in fresh}
+    return strip({**config, **said}, []), True
 
 
 def restore_params(

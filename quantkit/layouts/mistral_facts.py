@@ -206,6 +206,15 @@ class Fields:
             case "flag":
                 return self.flag(key)
 
+    def said(self, key: str, kind: Kind, by_user: float | None, option: str) -> Any:
+        """The file's value, or what the user says where it has none; a contradiction is an error."""
+        value = self.value(key, kind)
+        if by_user is not None:  # it meets the same test as the file's
+            by_user = Fields({key: by_user}, self.where, self.file).value(key, kind)
+        if value is not None and by_user not in (None, value):
+            raise self.fail(key, f"is {value:g} in {self.file}, not {by_user:g}", f"leave {option} out")
+        return by_user if value is None else value
+
     def need(self, key: str, kind: Kind) -> Any:
         value = self.value(key, kind)
         if value is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from quantkit import architectures
-from quantkit.checkpoint.header import quote
+from quantkit.checkpoint.header import FLOATS, quote
 from quantkit.checkpoint.views import SourceTensor
 from quantkit.errors import SourceError
 from quantkit.layouts.hf import CONFIG
@@ -78,13 +78,21 @@ def check_complete(
         raise SourceError(
             f"model_type {config.get('model_type')!r} has no row in the table of architectures", where=where
         )
+    table = table_of(facts)
+    surplus = dict(by_name)
     for name, canonical in expected_names(facts):
+        surplus.pop(canonical, None)
         called = quote(name if native else canonical)
         tensor = by_name.get(canonical)
         if tensor is None:
             raise SourceError(
                 f"tensor {called} is missing", where=where,
                 hint=f"the download is incomplete, or {source}, with its {facts.n_layers} layers, is of another model",
+            )  # fmt: skip
+        if tensor.dtype not in FLOATS:
+            raise SourceError(
+                f"tensor {called} is {tensor.dtype}: no 16- or 32-bit float weight", where=where,
+                hint="fetch the weights in bfloat16; packed and scaled ones have rows that cannot be told apart",
             )  # fmt: skip
         expected = architectures.expected_shape(row, config, canonical)
         if expected != tensor.shape:
@@ -95,3 +103,10 @@ def check_complete(
                 f"tensor {called} is {list(tensor.shape)}, {source} makes it {list(expected or ())}{heads}",
                 where=where, hint=f"{source} and the weights are of different models",
             )  # fmt: skip
+    if surplus:
+        name = next(iter(surplus))
+        experts = f" with {facts.experts} experts each" if facts.experts else ""
+        raise SourceError(
+            f"tensor {quote(table.native(name) or name if native else name)} is left over: {source} speaks of "
+            f"{facts.n_layers} layers{experts}", where=where, hint=f"{source} and the weights are of different models",
+        )  # fmt: skip

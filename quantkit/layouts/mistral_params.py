@@ -129,16 +129,9 @@ def _refuse_others(fields: Fields) -> None:
 
 
 def _read_theta(fields: Fields, stated: float | None, notes: list[str]) -> float:
-    if stated is not None:
-        # The user's number meets the same test as the file's.
-        stated = Fields({THETA.native: stated}, fields.where, fields.file).number(THETA.native)
-    theta = fields.number(THETA.native)
+    theta: float | None = fields.said(THETA.native, THETA.kind, stated, "--rope-theta")
     if theta is not None:
-        if stated is not None and stated != theta:
-            raise fields.fail(THETA.native, f"is {theta:g} in {PARAMS}, not {stated:g}", "leave --rope-theta out")
         return theta
-    if stated is not None:
-        return stated
     if type(fields.table.get("sliding_window")) is int:
         notes.append(
             f"rope_theta is not in {PARAMS}: 10000 is taken, because a sliding_window without it is the file of "
@@ -146,7 +139,7 @@ def _read_theta(fields: Fields, stated: float | None, notes: list[str]) -> float
         )
         return THETA_2023
     notes.append(
-        f"warning: rope_theta is not in {PARAMS}: 1000000 is taken, as mistral-inference does; a model made with "
+        f"rope_theta is not in {PARAMS}: 1000000 is taken, as mistral-inference does; a model made with "
         "another writes wrong text without an error (--rope-theta says otherwise)"
     )
     return THETA_DEFAULT
@@ -282,7 +275,7 @@ def params_of_facts(facts: Facts, *, profile: Profile, context: int | None) -> t
             params["llama_4_scaling"] = {**original, **native_of((QUERY_BETA,), facts.yarn)}
         if context is not None:
             params["max_position_embeddings"] = context
-        notes.append("warning: mistral-inference 1.6 ignores yarn and would run the model wrongly; vLLM reads it")
+        notes.append("mistral-inference 1.6 ignores yarn and would run the model wrongly; vLLM reads it")
     return params, notes
 
 

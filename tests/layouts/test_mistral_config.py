@@ -155,6 +155,7 @@ def test_real_configs(name: str, kind: str) -> None:
     assert facts_of_params(params, where="params.json") == (facts, [])
     fresh = config_of_facts(facts, dtype="BF16", context=32768)
     restored = {key: value for key, value in config.items() if key != "_name_or_path"}
+    restored["torch_dtype"] = "bfloat16"  # Lily says float32, and holds the other
     assert restore_config(facts, config, fresh) == (restored, True)
 
 
@@ -256,7 +257,7 @@ def test_theta_otherwise_is_a_million_and_a_warning(change: Json) -> None:
     facts, notes = facts_of_params(params, where="params.json")
     assert facts.rope_theta == 1e6
     (note,) = notes
-    assert note.startswith("warning: rope_theta is not in params.json: 1000000 is taken")
+    assert note.startswith("rope_theta is not in params.json: 1000000 is taken")
 
 
 def test_theta_as_the_user_says() -> None:
@@ -511,10 +512,13 @@ def test_a_recorded_config_comes_back_whole() -> None:
     recorded = {**HF, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "pad_token_id": 3,
                 "my": {"own": [1]}, "eos_token_id": [2, 32000], "torch_dtype": "float32",
                 "max_position_embeddings": 2048}  # fmt: skip
-    assert restore_config(TINY, recorded, fresh) == (recorded, True)
+    # All but the dtype: loaders cast to it, so it is that of the weights.
+    wanted = {**recorded, "torch_dtype": fresh["torch_dtype"]}
+    assert wanted != recorded
+    assert restore_config(TINY, recorded, fresh) == (wanted, True)
     assert list(restore_config(TINY, recorded, fresh)[0]) == list(recorded)
     code = {**recorded, "auto_map": {"AutoModel": "evil.py"}, "_name_or_path": "/home/me", "nested": {"auto_map": 1}}
-    assert restore_config(TINY, code, fresh) == ({**recorded, "nested": {}}, True)
+    assert restore_config(TINY, code, fresh) == ({**wanted, "nested": {}}, True)
     assert "auto_map" in code
 
 
