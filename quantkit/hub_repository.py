@@ -31,7 +31,7 @@ from quantkit.errors import SourceError
 from quantkit.hub_errors import HTTPError, explained
 from quantkit.layouts import Prefer
 from quantkit.layouts.base import MANIFEST
-from quantkit.layouts.hf import CONFIG, MAX_SIDE_FILE, SAFETENSORS_INDEX, SIDE_FILES, TORCH_INDEX
+from quantkit.layouts.hf import CONFIG, MAX_SIDE_FILE, SAFETENSORS_INDEX, SIDE_FILES, WEIGHT_SETS
 from quantkit.layouts.mistral import INDEX as NATIVE_INDEX
 from quantkit.layouts.mistral import WEIGHTS as NATIVE_WEIGHTS
 from quantkit.layouts.mistral_params import PARAMS
@@ -42,8 +42,6 @@ FIRST_RANGE = 32 * 1024
 HEADERS_AT_ONCE = 8
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.\-]*")
-# In the order in which `open_checkpoint` looks: what is fetched is what will be read.
-_WEIGHT_SETS = (SAFETENSORS_INDEX, "model.safetensors", TORCH_INDEX, "pytorch_model.bin")
 
 
 def obtain(source: str, revision: str | None, *, weights: bool, quiet: bool, prefer: Prefer) -> tuple[Path, str]:
@@ -98,7 +96,7 @@ class Repository:
                 f"the Hub model has no {CONFIG}, and no {PARAMS} with consolidated weights", where=source,
                 hint="name a model in the Hugging Face layout, or in Mistral's own",
             )  # fmt: skip
-        if not any(name in sizes for name in _WEIGHT_SETS):
+        if not any(name in sizes for name in WEIGHT_SETS):
             found = sorted(n for n in sizes if n.endswith((".safetensors", ".bin", ".pth", ".gguf")))
             raise SourceError(
                 "the Hub model has no model.safetensors or pytorch_model.bin, and no index of their shards",
@@ -122,7 +120,7 @@ class Repository:
         names = [n for n in self.sizes if n in (CARD, MANIFEST) or SIDE_FILES.fullmatch(n)]
         if self.native:
             names += [NATIVE_INDEX] if NATIVE_INDEX in self.sizes else []
-        elif (chosen := next(n for n in _WEIGHT_SETS if n in self.sizes)).endswith(".json"):
+        elif (chosen := next(n for n in WEIGHT_SETS if n in self.sizes)).endswith(".json"):
             names.append(chosen)
         for name in (self.config, *names):
             if (self.sizes[name] or 0) > MAX_SIDE_FILE:
@@ -244,7 +242,7 @@ def _cached(source: str, revision: str | None, prefer: Prefer) -> Path | None:
 def _is_native(names: Collection[str], prefer: Prefer) -> bool:
     """Whether, of these files, `open_checkpoint` would read those in Mistral's own layout."""
     native = PARAMS in names and any(NATIVE_WEIGHTS.fullmatch(n) for n in names)
-    hugging = CONFIG in names and any(n in names for n in _WEIGHT_SETS)
+    hugging = CONFIG in names and any(n in names for n in WEIGHT_SETS)
     return native and (prefer == "mistral" or not hugging)
 
 
@@ -254,7 +252,7 @@ def _weight_set(folder: Path, names: Iterable[str], *, native: bool) -> list[str
     if native:
         found = sorted(n for n in names if NATIVE_WEIGHTS.fullmatch(n))
         return [n for n in found if n.endswith(".safetensors")] or found
-    chosen = next((n for n in _WEIGHT_SETS if n in set(names)), None)
+    chosen = next((n for n in WEIGHT_SETS if n in set(names)), None)
     if chosen is None:
         return []
     if not chosen.endswith(".json"):

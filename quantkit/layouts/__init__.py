@@ -18,9 +18,9 @@ from quantkit.layouts.base import (
     record,
     recorded_configuration,
 )
-from quantkit.layouts.hf import CONFIG, TOKENIZER_FILES, hf_target, open_hf
+from quantkit.layouts.hf import CONFIG, TOKENIZER_FILES, WEIGHT_SETS, hf_target, open_hf
 from quantkit.layouts.meta_llama import is_meta_llama, open_meta_llama
-from quantkit.layouts.mistral import TOKENIZER, is_native, mistral_target, open_mistral, read_params
+from quantkit.layouts.mistral import TOKENIZER, WEIGHTS, mistral_target, open_mistral, read_params
 from quantkit.layouts.mistral_params import PARAMS
 from quantkit.layouts.text_part import text_part
 
@@ -55,7 +55,7 @@ def open_checkpoint(
             hint="name the folder that holds config.json or params.json and the weights",
         )
     try:
-        if is_native(folder) and (prefer == "mistral" or not _has_hf_weights(folder)):
+        if _reads_native(folder, prefer):
             options = native or NativeOptions()
             if is_meta_llama(read_params(folder)):
                 return open_meta_llama(folder, options, data_present=data_present)
@@ -73,9 +73,11 @@ def open_checkpoint(
         ) from None
 
 
-def _has_hf_weights(folder: Path) -> bool:
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return (folder / CONFIG).exists() and any((folder / name).exists() for name in names)
+def _reads_native(folder: Path, prefer: Prefer) -> bool:
+    native = any(WEIGHTS.fullmatch(p.name) for p in folder.iterdir())
+    if (folder / CONFIG).exists() and any((folder / name).exists() for name in WEIGHT_SETS):
+        return native and prefer == "mistral"
+    return native or (folder / PARAMS).exists()
 
 
 def make_hf_target(checkpoint: Checkpoint, *, tokenizer: Literal["required", "if there is one", "none"]) -> Target:

@@ -17,6 +17,8 @@ from quantkit.layouts.base import CODE_KEYS, Checkpoint, CopiedFile, Target, str
 CONFIG = "config.json"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
+# In the order in which they are looked for: the first that is there is read.
+WEIGHT_SETS = (SAFETENSORS_INDEX, "model.safetensors", TORCH_INDEX, "pytorch_model.bin")
 
 # What travels with a derived model, byte for byte. README.md is the parent's card: quoted in ours, not copied.
 SIDE_FILES = re.compile(

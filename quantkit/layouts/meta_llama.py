@@ -6,13 +6,14 @@ the norms whole. params.json does not say the width of the feed-forward layers, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.header import TensorInfo, quote
-from quantkit.checkpoint.reader import WeightFile, read_weight_files
+from quantkit.checkpoint.reader import WeightFile, read_weight_files, safe_path
 from quantkit.checkpoint.views import SourceTensor
 from quantkit.errors import SourceError
 from quantkit.layouts.base import Checkpoint, NativeOptions
@@ -47,7 +48,7 @@ def open_meta_llama(folder: Path, options: NativeOptions, *, data_present: bool 
         tensors, (file,) = read_weight_files(folder, [name], data_present=data_present)
         shards.append(tensors)
         files.append(file)
-    found, dropped = _joined(shards, params, folder)
+    found, dropped = _joined(shards, params, folder, data_present=data_present)
     config, notes = _config(params, {t.name: t for t in found}, options, where)
     check_plain(params, where)
     facts, _ = facts_of_config(_plain_rope(config), where=where)
@@ -61,7 +62,7 @@ def open_meta_llama(folder: Path, options: NativeOptions, *, data_present: bool 
 
 
 def _joined(
-    shards: Sequence[Sequence[TensorInfo]], params: Mapping[str, Any], folder: Path
+    shards: Sequence[Sequence[TensorInfo]], params: Mapping[str, Any], folder: Path, *, data_present: bool
 ) -> tuple[list[SourceTensor], list[str]]:
     """Every tensor with the shares of all devices, in the order of the first file; names left out."""
     by_name = [{t.name: t for t in shard} for shard in shards]
@@ -85,12 +86,27 @@ def _joined(
                 hint=f"the shards and {PARAMS} must be of one download",
             )  # fmt: skip
         axis = _axis(info, params)
+        if axis is None and data_present and len({_digest(folder, share) for share in shares}) > 1:
+            raise SourceError(
+                f"tensor {quote(info.name)} is not the same in every shard, though every device has all of it",
+                where=str(folder / info.file), hint="the shards must be of one download",
+            )  # fmt: skip
         if axis is None or len(shares) == 1:
             found.append(SourceTensor(canonical, info.dtype, info.shape, (info,)))
             continue
         shape = tuple(n * len(shares) if i == axis else n for i, n in enumerate(info.shape))
         found.append(SourceTensor(canonical, info.dtype, shape, tuple(shares), axis=axis))
     return found, dropped
+
+
+def _digest(folder: Path, info: TensorInfo) -> bytes:
+    """The SHA-256 of a tensor that is whole in every shard: a norm, a few kilobytes."""
+    digest = hashlib.sha256()
+    with safe_path(folder, info.file).open("rb") as f:
+        f.seek(info.offset)
+        for start in range(0, info.nbytes, 1 << 20):
+            digest.update(f.read(min(1 << 20, info.nbytes - start)))
+    return digest.digest()
 
 
 def _axis(info: TensorInfo, params: Mapping[str, Any]) -> int | None:

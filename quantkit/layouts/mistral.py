@@ -63,10 +63,6 @@ TOKENIZER = re.compile(r"tokenizer\.model(?:\.v\d+(?:m\d+)?)?|tekken\.json")
 _SAME = re.compile(rf"{TOKENIZER.pattern}|tokenizer(?:_config)?\.json|special_tokens_map\.json")
 
 
-def is_native(folder: Path) -> bool:
-    return (folder / PARAMS).exists() or any(WEIGHTS.fullmatch(p.name) for p in folder.iterdir())
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 

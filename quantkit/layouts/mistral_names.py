@@ -72,12 +72,9 @@ def check_complete(
     """SourceError unless every tensor of the model is there, in the shape that its configuration gives it. A wrong
     shape would be cut into wrong heads without a word. `native`: call tensors by their native names."""
     row = architectures.find(config)
+    assert row is not None, "whatever has facts has a row in the table of architectures"
     by_name = {t.name: t for t in tensors}
     source = PARAMS if native else CONFIG
-    if row is None:
-        raise SourceError(
-            f"model_type {config.get('model_type')!r} has no row in the table of architectures", where=where
-        )
     table = table_of(facts)
     surplus = dict(by_name)
     for name, canonical in expected_names(facts):
