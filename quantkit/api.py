@@ -70,6 +70,8 @@ def convert(
 ) -> Outcome:
     """Writes `source` into the folder `out` in another layout; more keys of the `convert` block go into `recipe`."""
     table = dict(recipe or {})
+    if table.get("convert", {}).get("to", to) != to:
+        raise UsageError(f"the recipe converts to {table['convert']['to']!r}, the call to {to!r}", hint="leave one out")
     table["convert"] = {**table.get("convert", {}), "to": to}
     return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
 
@@ -79,8 +81,6 @@ def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
     _check_device(recipe.resources.device)
     job, checkpoint = plan_recipe(recipe, data_present=True, console=console)
-    for warning in job.warnings:
-        console.warn(warning)
     return execute(job, checkpoint, expand(recipe.output), console, force=force)
 
 

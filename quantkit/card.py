@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,9 @@ def render_card(facts: CardFacts) -> str:
         # A name fit for a folder or a repository is a better stand-in than none; a title is neither.
         variable=_Markdown(f'"{facts.name if is_hub_id(facts.name) else "path/or/repo-id"}"'),
         needs=_needs(facts),
-        path=_Markdown(shlex.quote(facts.name if is_hub_id(facts.name) else "PATH")),
+        has_tokenizer=any("token" in row.name or row.name == "tekken.json" for row in facts.files),
+        pickled=any(row.name.endswith(".pth") for row in facts.files),
+        length=_Markdown(f" --max-model-len {facts.context}" if type(facts.context) is int else ""),
         source_bits=8 * facts.source_bytes / facts.parameters if facts.parameters else None,
         percent=_percent,
         count=_count,

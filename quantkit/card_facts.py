@@ -72,4 +72,5 @@ class CardFacts:
     checked: bool = False  # every tensor was mapped back and compared while it was written
     tensors: int = 0
     decoded: int = 0  # tensors that the parent stores in FP8
+    context: int | None = None  # longest sequence in tokens
     old_reference: bool = False  # for the reference program of 2023

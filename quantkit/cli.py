@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 import click
 
 from quantkit.console import Console, human_bytes, table
-from quantkit.errors import Interrupted, QuantkitError, UsageError, VerifyError
+from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -53,9 +53,17 @@ _quantize_options = _options(
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Quantize NaN and infinities as zero."),
 )
 _convert_options = _options(
-    click.option("--to", help="Layout to write: hf or mistral."),
-    click.option("--profile", help="For whom a mistral folder is: current or one-file-ref-2023.  [default: current]"),
-    click.option("--weights-format", help="Of a mistral folder: safetensors or pth.  [default: safetensors]"),
+    click.option("--to", type=click.Choice(["hf", "mistral"]), help="Layout to write."),
+    click.option(
+        "--profile",
+        type=click.Choice(["current", "one-file-ref-2023"]),
+        help="For whom a mistral folder is.  [default: current]",
+    ),
+    click.option(
+        "--weights-format",
+        type=click.Choice(["safetensors", "pth"]),
+        help="Of a mistral folder.  [default: safetensors]",
+    ),
     click.option("--tokenizer/--no-tokenizer", default=None, help="Bring the tokenizer along, or not.  [default: yes]"),
     click.option("--check/--no-check", default=None, help="Map back and compare what was written.  [default: yes]"),
 )
@@ -64,7 +72,7 @@ _common_options = _options(
         "--shard-size",
         "--max-shard-size",
         metavar="SIZE",
-        help="Largest weight file.  [default: 5GB]",
+        help="Largest weight file.  [default: 5GB; mistral: no limit]",
     ),
     click.option("--max-memory", metavar="SIZE", help="RAM not to exceed; refused beforehand if too little."),
     click.option("--threads", type=int, help="Threads that work on weights.  [default: all cores]"),
@@ -198,8 +206,7 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     if found.quantized:
         rows.append(("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"))
     if source is not None:
-        bits = found.compared - len(found.errors)
-        rows.append(("source", f"{found.compared:,} tensors compared, {bits:,} of them bit for bit"))
+        rows.append(("source", f"{found.compared:,} tensors compared, {found.equal:,} equal bit for bit"))
     if found.errors:
         worst = max(found.errors, key=lambda name: found.errors[name])
         rows.append(("largest error", f"{found.errors[worst]:.4f}  {worst}"))
@@ -207,7 +214,11 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     rows.append(("result", f"{len(found.problems)} problems" if found.problems else "sound"))
     console.result({"sound": not found.problems, **asdict(found)}, table(rows))
     if found.problems:
-        error = VerifyError(f"{len(found.problems)} problems found", where=str(folder), hint="write the folder again")
+        what = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
+        hint = "write the folder again with --force"
+        if source is not None:
+            hint += ", unless --source is not what it was made from"
+        error = VerifyError(f"{what} found", where=str(folder), hint=hint)
         Console(quiet=quiet).error(error)  # on stderr alone: stdout has its one result, and the problems in it
         sys.exit(error.exit_code)
 
@@ -259,7 +270,7 @@ def _plan_text(job: Plan) -> str:
 
 def _job_rows(job: Plan) -> list[tuple[str, str]]:
     if job.bits_per_weight is None:
-        moved = sum(u.head_dim > 0 or u.source.head_dim > 0 for u in job.units)
+        moved = sum(u.reordered for u in job.units)
         return [
             ("converted", f"{len(job.units):,} tensors of {job.architecture}, {moved:,} with rows in another order")
         ]
@@ -318,6 +329,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         usage = _usage_error(e)
         console.error(usage)
         sys.exit(usage.exit_code)
+    except OSError as e:  # nothing else lets one escape: the result has nowhere to go
+        sys.stdout = None  # or the interpreter would try once more
+        console.error(RunError(f"the result cannot be printed: {e.strerror}", hint="what was to be written is written"))
+        sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
         console.error(interrupted)

@@ -145,7 +145,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
     inherited, _ = carried(facts.parent)
     data: dict[str, Any] = {
         "base_model": facts.base_model,
-        "base_model_relation": "quantized",
+        "base_model_relation": "quantized" if facts.base_model else None,
         "license": licence.ids[0] if len(licence.ids) == 1 else list(licence.ids),
         "license_name": licence.name,
         "license_link": licence.link,

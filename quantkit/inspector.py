@@ -115,7 +115,7 @@ def _problems(
                 problems.append(f"{t.name} is {list(t.shape)}, config.json makes it {list(shape)}")
         if row.warning:
             problems.append(row.warning)
-    problems += checkpoint.notes
+    problems += (*checkpoint.notes, *checkpoint.config_notes)
     found = [k for k in STRIPPED if k in checkpoint.config]
     if "auto_map" in found:
         problems.append("config.json names Python code to run (auto_map); quantkit never runs it")

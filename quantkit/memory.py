@@ -21,6 +21,7 @@ BASE_COPY = 110 * MIB
 # Before any slab is there, a tokenizer is converted: so many times the file that comes of it (22 and 34 were measured
 # for tekken's 4.9 MB and SentencePiece's 1 MB), beside the interpreter alone.
 INTERPRETER, TOKENIZER = 60 * MIB, 26
+PARSED = 6  # and so many times the file that is only read, to see whether it fits (4.3 were measured)
 # transformers and torch on top, where they are asked for an architecture that has no row in our table: 300 MiB.
 BASE_DERIVED = 400 * MIB
 # torch and bitsandbytes on top, where a GPU encodes: their CUDA libraries and context.
@@ -84,9 +85,10 @@ def plan_memory(
     device: str,
     derived: bool = False,
     generated: int = 0,
+    parsed: int = 0,
 ) -> MemoryPlan:
     """MemoryPlan for a job that writes `tensors` tensors; `derived` if the architecture has no row in the table;
-    `generated` bytes of tokenizer files are made before the weights are read.
+    `generated` bytes of tokenizer files are made, and `parsed` bytes of one read, before the weights are read.
 
     A slab is never smaller than a granule. With `limit` bytes, threads and slabs shrink until they fit; UsageError if
     even the smallest do not.
@@ -96,8 +98,7 @@ def plan_memory(
     encoded = [w.source.numel for w in work if w.encoded]
     state = int(STATE_PER_WEIGHT * TENSORS_IN_FLIGHT * max(encoded, default=0))
     base = BASE_GPU if device != "cpu" else BASE if encoded else BASE_COPY
-    if generated:
-        base = max(base, INTERPRETER + TOKENIZER * generated) + 3 * generated
+    base = max(base, INTERPRETER + TOKENIZER * generated, INTERPRETER + PARSED * parsed) + 3 * generated
     base += BASE_DERIVED if derived else 0
     whole = max((w.source.nbytes for w in work if not w.granule), default=0)
 

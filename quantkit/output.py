@@ -126,7 +126,7 @@ def _ours(out: Path, plan: Plan, *, unfinished: bool) -> set[str]:
 
 def _clear(out: Path, ours: set[str]) -> None:
     # config.json first: from then on no loader takes the folder for a model.
-    for name in [*COMMITS, *sorted(ours - set(COMMITS))]:
+    for name in [*sorted(ours & set(COMMITS)), *sorted(ours - set(COMMITS))]:
         path = out / name
         if path.parent == out and path.is_file():
             path.unlink()

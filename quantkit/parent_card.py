@@ -327,6 +327,7 @@ def _recover(lines: Sequence[str], checks: Mapping[str, Any], problems: list[str
 # Tags that name another file format or number format, or that the Hub derives by itself.
 _UNTRUE_TAGS = frozenset(
     """
+    conversion mistral-src
     custom_code custom-code gguf ggml gptq gptqmodel autogptq awq autoawq exl2 exl3 exllamav2 exllamav3 mlx bnb
     bitsandbytes nf4 fp4 fp8 nvfp4 mxfp4 int4 int8 llm.int8 llm-int8 w4a16 w8a8 w8a16 hqq aqlm eetq quip quip# spqr
     onnx openvino ctranslate2 tensorrt tensorrt-llm coreml tflite compressed-tensors llmcompressor llm-compressor

@@ -106,7 +106,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
         if recipe.convert is not None:
             reason = "packed weights cannot change their layout: their rows are not theirs alone any more"
         raise SourceError(f"{reason} ({how})", where=str(checkpoint.folder), hint="name the unquantized parent instead")
-    target = _target(recipe, checkpoint)
+    target = target_of(recipe, checkpoint)
     tensors = [t for t in source_tensors(checkpoint) if t.name in target.names]
     chosen = _Chosen()
     if recipe.quantize is not None:
@@ -121,9 +121,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
         compute = next(u.weight.dtype for u in units if u.weight is not None)
         config["quantization_config"] = method.config(recipe.quantize.params, compute, chosen.skipped)
     warnings = [
-        *checkpoint.notes, *target.notes, *_misfits(checkpoint, tensors, chosen),
+        *checkpoint.notes,
+        *(checkpoint.config_notes if target.layout == "hf" else ()),
+        *target.notes,
+        *_misfits(checkpoint, tensors, chosen),
         *_warnings(units, recipe, chosen, target, len(shards)),
-    ]  # fmt: skip
+    ]
     identity = digest(
         {
             "quantkit": __version__,
@@ -149,15 +152,21 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
     return replace(plan, files=tuple(_files(plan)))
 
 
-def _target(recipe: Recipe, checkpoint: Checkpoint) -> Target:
+def target_of(recipe: Recipe, checkpoint: Checkpoint, *, tokenizer: bool = True) -> Target:
+    """What the recipe makes of the checkpoint beside its weights. `tokenizer=False` leaves the tokenizer out."""
     convert = recipe.convert
     if convert is not None and convert.to == "mistral":
+        if recipe.native.context is not None:
+            raise UsageError("a native folder has no place for a context length", hint="leave --context out")
         return mistral_target(
-            checkpoint, profile=convert.profile, weights_format=convert.weights_format, tokenizer=convert.tokenizer
+            checkpoint,
+            profile=convert.profile,
+            weights_format=convert.weights_format,
+            tokenizer=convert.tokenizer and tokenizer,
         )
-    if convert is None:
-        return make_hf_target(checkpoint, tokenizer="if there is one")
-    return make_hf_target(checkpoint, tokenizer="required" if convert.tokenizer else "none")
+    if not tokenizer or (convert is not None and not convert.tokenizer):
+        return make_hf_target(checkpoint, tokenizer="none")
+    return make_hf_target(checkpoint, tokenizer="if there is one" if convert is None else "required")
 
 
 def _check_device(recipe: Recipe) -> None:
@@ -275,6 +284,7 @@ def _memory(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Targ
         device=recipe.resources.device,
         derived=chosen.derived,
         generated=sum(map(len, target.generated.values())),
+        parsed=max((f.nbytes for f in target.copies), default=0) if target.layout == "mistral" else 0,
     )
 
 

@@ -50,6 +50,11 @@ class Unit:
     def name(self) -> str:
         return self.source.name
 
+    @property
+    def reordered(self) -> bool:
+        """Whether its rows are written in another order than they are stored in."""
+        return (self.head_dim > 0) != (self.source.head_dim > 0)
+
 
 @dataclass(frozen=True)
 class PlannedFile:

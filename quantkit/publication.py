@@ -86,6 +86,7 @@ def draft_manifest(
             "weight_bytes": plan.weight_bytes,
             "kept": sorted(([k, n] for k, n in kept.items()), key=lambda row: -int(row[1])),
             "loader": loader,
+            "context": checkpoint.config.get("max_position_embeddings"),
             "chat": _has_chat_template(checkpoint) and plan.layout == "hf",
             "warnings": list(plan.warnings),
         },
@@ -127,7 +128,7 @@ def _about(plan: Plan, skipped: Iterable[str]) -> dict[str, Any]:
 
 
 def _settings(plan: Plan) -> list[list[str]]:
-    turned = sum(u.head_dim > 0 or u.source.head_dim > 0 for u in plan.units)
+    turned = sum(u.reordered for u in plan.units)
     decoded = sum(u.source.scales is not None for u in plan.units)
     rows = [
         ["Tensors", f"{len(plan.units):,}"],
@@ -182,6 +183,8 @@ def _tensor_row(unit: Unit) -> dict[str, Any]:
     """A source tensor as the manifest lists it: a weight [out, in] if it was quantized, else as it is stored."""
     shape = [unit.weight.rows, unit.weight.columns] if unit.weight else list(unit.source.shape)
     row = {"name": unit.name, "dtype": unit.source.dtype, "shape": shape, "quantized": unit.weight is not None}
+    if unit.weight is None and unit.outputs[0].name != unit.name:
+        row["written_as"] = unit.outputs[0].name
     return {**row, "transposed": True} if unit.linear is not None and unit.linear.transposed else row
 
 
@@ -202,11 +205,12 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
     source, method, result, parent = (manifest[k] for k in ("source", "method", "result", "parent"))
     card = manifest["recipe"]["card"]
     facts = CardFacts(
-        name=f"{source['name'].rsplit('/', 1)[-1]}-{method['slug']}",
+        name=_titled(source["name"].rsplit("/", 1)[-1], method["slug"]),
         layout=result["layout"],
         checked=manifest["recipe"].get("convert", {}).get("check", False),
         tensors=len(manifest["tensors"]),
         decoded=method.get("decoded", 0),
+        context=result.get("context"),
         old_reference=manifest["recipe"].get("convert", {}).get("profile") == "one-file-ref-2023",
         base_model=source["base_model"],
         source_name=source["name"],
@@ -277,6 +281,10 @@ def _command(manifest: Mapping[str, Any]) -> str:
         if value is not None:
             words += ["--set", f"card.{key}={value}"]
     return shlex.join(words)
+
+
+def _titled(name: str, slug: str) -> str:
+    return name if name.endswith(f"-{slug}") else f"{name}-{slug}"
 
 
 def _kind(name: str) -> str:

@@ -237,6 +237,11 @@ def build_recipe(
                 f"{implementation.name} weights have no form in the mistral layout: no program would read them there",
                 ("convert", "to"), "leave out either the quantize block or the convert block",
             )  # fmt: skip
+        if table.get("allow_nonfinite") is True and table["quantize"] is None:
+            raise fail(
+                "allow_nonfinite is about quantizing; a conversion copies NaN as it is", ("allow_nonfinite",),
+                "leave it out",
+            )  # fmt: skip
         return Recipe.model_validate(table)
     except ValidationError as e:
         error = e.errors()[0]
@@ -261,7 +266,8 @@ def build_recipe(
     if error["type"] == "missing":
         raise fail(f"{dotted} is missing", keys, "name it in the recipe or on the command line")
     message = str(error["msg"]).removeprefix("Value error, ")
-    raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, f"it is {reprlib.repr(error['input'])}")
+    hint = f"it is {reprlib.repr(error['input'])}" if error["loc"] else "leave it out"
+    raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, hint)
 
 
 def _method(block: Mapping[str, Any], fail: _Fail) -> tuple[Method[Any], dict[str, Any]]:

@@ -21,9 +21,10 @@ from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import SIDE_FILES
 from quantkit.memory import SLAB, slab_elements
 from quantkit.methods.base import Array, Decoder, WeightSpec
-from quantkit.output import WEIGHT_SUFFIXES
+from quantkit.output import COMMITS, WEIGHT_SUFFIXES
+from quantkit.planner import target_of
 from quantkit.publication import FORMAT
-from quantkit.recipe import Native, Quantize, build_recipe
+from quantkit.recipe import Native, Quantize, Recipe, build_recipe
 
 # What a decoder may raise on companions made to mislead: JSON of another shape has many ways to be wrong.
 UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -32,13 +33,14 @@ UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
 @dataclass(frozen=True)
 class Verification:
     """Outcome: what is wrong (nothing, if the folder is sound), how much was looked at, and, where a source was given,
-    the relative error of each quantized tensor over all its weights."""
+    the relative error of each quantized tensor over all its weights, and how many others are equal to it."""
 
     problems: tuple[str, ...]
     files: int
     tensors: int
     quantized: int
     compared: int
+    equal: int
     errors: Mapping[str, float]
 
 
@@ -66,7 +68,13 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
     except OSError as e:
         check.problems.append(f"{e.filename or folder.name}: {e.strerror or e}")
     return Verification(
-        tuple(check.problems), check.files, check.tensors, check.quantized, check.compared, dict(check.errors)
+        tuple(check.problems),
+        check.files,
+        check.tensors,
+        check.quantized,
+        check.compared,
+        check.equal,
+        dict(check.errors),
     )
 
 
@@ -87,7 +95,7 @@ class _Check:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder, self.console = folder, console
         self.problems: list[str] = []
-        self.files = self.tensors = self.quantized = self.compared = 0
+        self.files = self.tensors = self.quantized = self.compared = self.equal = 0
         self.errors: dict[str, float] = {}
         self.skipped: list[str] = []
 
@@ -98,7 +106,8 @@ class _Check:
             return
         try:
             made = {k: v for k, v in manifest["recipe"].items() if k in ("quantize", "convert")}
-            quantize = build_recipe({"source": "", **made}).quantize
+            recipe = build_recipe({"source": "", **made})
+            quantize = recipe.quantize
             if quantize is None and any(row["quantized"] for row in manifest["tensors"]):
                 raise ValueError("it lists quantized tensors, and its recipe quantizes nothing")
             rows = [_Row.read(row) for row in manifest["tensors"]]
@@ -114,6 +123,8 @@ class _Check:
         self.tensors, self.quantized = len(checkpoint.tensors), sum(row.quantized for row in rows)
         sound = self._check_tensors(checkpoint, rows, quantize)
         self._check_config(checkpoint, rows, quantize)
+        if parent is not None:
+            self._compare_config(recipe, parent)
         if quick:
             return
         with SourceFiles(self.folder, checkpoint.files) as files, self._progress(checkpoint) as progress:
@@ -148,7 +159,7 @@ class _Check:
             loaded = path.name.endswith((*WEIGHT_SUFFIXES, ".index.json", ".partial")) or SIDE_FILES.fullmatch(
                 path.name
             )
-            if loaded and path.name not in listed:
+            if (loaded or path.name in COMMITS) and path.name not in listed:
                 self.problems.append(f"{path.name}: a stray file that the manifest does not list")
 
     def _check_tensors(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize | None) -> list[_Row]:
@@ -183,6 +194,15 @@ class _Check:
             if found.get(key) != wanted.get(key):
                 what = f"is {found.get(key)!r}, the recipe makes it {wanted.get(key)!r}"
                 self.problems.append(f"config.json: quantization_config.{key} {what}")
+
+    def _compare_config(self, recipe: Recipe, parent: Checkpoint) -> None:
+        """The configuration is what source and recipe make of it: a wrong number there gives fluent nonsense."""
+        target = target_of(recipe, parent, tokenizer=False)
+        found = read_json(self.folder / target.config_file)
+        for key in sorted({*found, *target.config} - {"quantization_config"}):
+            if found.get(key) != target.config.get(key):
+                what = f"{key} is {found.get(key)!r}, the source makes it {target.config.get(key)!r}"
+                self.problems.append(f"{target.config_file}: {what}")
 
     def _decode_all(
         self,
@@ -240,7 +260,9 @@ class _Check:
             return
         self.compared += 1
         if not row.quantized:
-            if not _same_elements(checkpoint.tensors[row.name], files, source, parent_files):
+            if _same_elements(checkpoint.tensors[row.name], files, source, parent_files):
+                self.equal += 1
+            else:
                 self.problems.append(f"tensor {row.name!r}: not equal to the source, though it was only copied")
             return
         from quantkit.kernels.floats import to_float32

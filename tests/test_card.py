@@ -179,7 +179,7 @@ def test_shapes_of_parents(parent: str | None, expected: dict[str, Any], sentenc
 
 def assert_sound(text: str, headings: int = 9) -> None:
     """What holds for every card, whoever wrote the facts."""
-    assert text.startswith("---\nbase_model")
+    assert text.startswith(("---\nbase_model", "---\nlicense"))
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
     assert "More Information Needed" not in text

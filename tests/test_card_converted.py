@@ -63,7 +63,7 @@ def test_front_matter_and_size(to: str, tmp_path: Path) -> None:
     {"convert": {"to": "mistral", "tokenizer": False}},
     {"convert": {"to": "mistral", "tokenizer": False, "weights_format": "pth", "check": False}},
     {"convert": {"to": "hf", "tokenizer": False}, "shard_size": 50_000},
-    {"convert": {"to": "mistral", "tokenizer": False}, "native": {"rope_theta": 5e5, "context": 99}},
+    {"convert": {"to": "mistral", "tokenizer": False}, "native": {"rope_theta": 5e5}},
     {"convert": {"to": "hf", "tokenizer": False}, "quantize": {"bits": 8, "skip": ["mlp.down_proj"]}},
 ])  # fmt: skip
 def test_its_command_and_its_recipe_make_it_again(recipe: dict[str, Any], tmp_path: Path, quantkit: Run) -> None:

@@ -229,6 +229,7 @@ def test_killed_at_many_random_moments(seed: int, job: Job, tmp_path: Path) -> N
         assert_sound(out)
 
 
+@kinds("hf to pth", "pth to hf")
 def test_killed_after_renames(job: Job, tmp_path: Path) -> None:
     """The finishing phase, exactly: after the first weight file, the last, the index, the manifest, the card, and after
     config.json or params.json, when only the look at the whole and the removal of the journal are left."""
@@ -248,6 +249,7 @@ def test_killed_after_renames(job: Job, tmp_path: Path) -> None:
     assert assert_finished(job, out) == UNITS
 
 
+@kinds("hf to pth", "pth to hf")
 def test_resuming_keeps_what_was_done(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_at(job, out, lines(UNITS // 2), signal.SIGKILL)
@@ -304,6 +306,7 @@ def test_finished_folder_is_left_alone(job: Job, tmp_path: Path) -> None:
     assert json.loads(finish(job, out, "--json").stdout)["already_done"] is True
 
 
+@kinds("hf to pth")
 def test_the_check_changes_no_weight(job: Job, tmp_path: Path) -> None:
     unchecked = finish(job, tmp_path / "out", "--no-check", "--json")
     assert unchecked.returncode == 0, unchecked.stderr

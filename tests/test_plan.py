@@ -283,7 +283,7 @@ def test_json_of_each_verb(tiny: Tiny, tmp_path: Path, quantkit: Run) -> None:
     done = json_of(quantkit("quantize", source, "-o", out, "--json"))
     assert set(done) == {"out", "already_done", "seconds", "peak_rss", "units", "reused", "checked"}
     verified = json_of(quantkit("verify", out, "--json"))
-    assert set(verified) == {"sound", "problems", "files", "tensors", "quantized", "compared", "errors"}
+    assert set(verified) == {"sound", "problems", "files", "tensors", "quantized", "compared", "equal", "errors"}
     assert json_of(quantkit("card", out, "--json")) == {"card": str(out / "README.md")}
 
 

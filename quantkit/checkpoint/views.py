@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint.header import DTYPE_BITS, TensorInfo, TensorSpec
-from quantkit.kernels.fp8 import bf16_table, to_bf16
+from quantkit.kernels.fp8 import to_bf16
 from quantkit.kernels.rope import to_halves, to_pairs
 
 Array = npt.NDArray[Any]
@@ -105,7 +105,7 @@ class SourceTensor(TensorSpec):
             joined = raw[0] if len(raw) == 1 else np.concatenate(raw)
         x: Array = joined
         if self.scales is not None:
-            x = to_bf16(joined, bf16_table(self.scales), start // self.columns, self.columns)
+            x = to_bf16(joined, self.scales, start // self.columns, self.columns)
         x = x.view(self.word)
         if self.head_dim:
             x = to_halves(x, self.head_dim, self.columns)

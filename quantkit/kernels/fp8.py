@@ -28,11 +28,14 @@ def bf16_table(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return np.where(nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-def to_bf16(codes: npt.NDArray[np.uint8], table: npt.NDArray[np.uint16], first_row: int, columns: int) -> Array:
-    """codes: whole rows from `first_row` on, flat. `table` has one line, or one for every row of the tensor."""
-    if len(table) == 1:
-        found: Array = table[0][codes]
+def to_bf16(codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float32], first_row: int, columns: int) -> Array:
+    """codes: whole rows from `first_row` on, flat. `scales` is one number, or one for every row of the tensor."""
+    if scales.size == 1:
+        found: Array = bf16_table(scales)[0][codes]
         return found
     rows = codes.reshape(-1, columns)
-    lines = table[first_row : first_row + len(rows)]
-    return np.take_along_axis(lines, rows.astype(np.intp), axis=1).reshape(-1)
+    out = np.empty(rows.shape, np.uint16)
+    table = bf16_table(scales.reshape(-1)[first_row : first_row + len(rows)])
+    for line, row, values in zip(table, rows, out, strict=True):  # all at once would widen every code to 8 bytes
+        values[:] = line[row]
+    return out.reshape(-1)

@@ -35,7 +35,7 @@ class Checkpoint:
     names that an index promises in files that are not there (only with data_present=False) to those files.
     params: params.json, where the layout has one; `config` is then made from it.
     dropped: tensors that are in the files and not in the model as it is read.
-    notes: what was assumed or left out, for the user to know.
+    notes: what was assumed or left out, for the user to know; config_notes: of that, what `config` alone is about.
     """
 
     folder: Path
@@ -50,6 +50,7 @@ class Checkpoint:
     generation: str = ""
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    config_notes: tuple[str, ...] = ()
 
     @property
     def parent_card(self) -> str | None:

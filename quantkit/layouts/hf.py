@@ -49,7 +49,7 @@ def open_hf(folder: Path, *, data_present: bool = True) -> Checkpoint:
     if not (folder / CONFIG).exists():
         raise SourceError(
             "the folder has no config.json", where=str(folder), hint="name the folder that `hf download` or "
-            "`save_pretrained` filled",
+            "`save_pretrained` filled, or one with params.json and consolidated weights",
         )  # fmt: skip
     config = read_json(safe_path(folder, CONFIG))
     names, index, index_total = _weight_files(folder)

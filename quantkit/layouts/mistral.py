@@ -19,6 +19,7 @@ from quantkit.checkpoint.reader import WeightFile, read_json, read_weight_files,
 from quantkit.checkpoint.views import SourceTensor
 from quantkit.errors import SourceError, UsageError
 from quantkit.layouts.base import (
+    MANIFEST,
     Checkpoint,
     CopiedFile,
     NativeOptions,
@@ -73,11 +74,12 @@ def open_mistral(folder: Path, options: NativeOptions, *, data_present: bool = T
     check_plain(params, where)
     stored, files = _stored(folder, data_present=data_present)
     tensors, dropped, more = _canonical(stored, facts, folder, options)
-    config = make_config(facts, params, options, _dtype(tensors), folder, notes)
+    config, about = make_config(facts, params, options, _dtype(tensors), folder)
     check_complete(facts, config, tensors, where=str(folder), native=True)
     return Checkpoint(
         folder, "mistral", config, {t.name: t for t in tensors}, files, {}, None, side_files(folder),
         params=params, generation=generation(facts), dropped=tuple(dropped), notes=(*notes, *more),
+        config_notes=tuple(about),
     )  # fmt: skip
 
 
@@ -117,6 +119,11 @@ def weight_names(folder: Path) -> list[str]:
     # consolidated.00.pth counts from 0 and does not say how many; consolidated-00001-of-00003 counts from 1 and does.
     first = 1 if len(numbers[0]) == 2 else 0
     count = max((n[-1] for n in numbers if n), default=0) + 1 - first
+    if first and len({n[-1] for n in numbers}) > 1:
+        raise SourceError(
+            f"the weights are numbered in two ways, for example {found[0]} and {found[-1]}",
+            where=str(folder), hint="keep the files of one download only",
+        )  # fmt: skip
     missing = [i for i in range(first, first + count) if numbers[0] and i not in [n[0] for n in numbers]]
     if missing:
         raise SourceError(
@@ -251,24 +258,28 @@ def _dtype(tensors: Iterable[SourceTensor]) -> str | None:
 
 
 def make_config(
-    facts: Facts, params: Mapping[str, Any], options: NativeOptions, dtype: str | None, folder: Path, notes: list[str]
-) -> dict[str, Any]:
+    facts: Facts, params: Mapping[str, Any], options: NativeOptions, dtype: str | None, folder: Path
+) -> tuple[dict[str, Any], list[str]]:
     """config.json for the facts: the one that a manifest in the folder keeps, if it says the same; else a fresh one.
-    Appends to `notes` what had to be assumed."""
+    And notes about what had to be assumed."""
+    notes = []
     context = context_of_params(params, where=str(folder / PARAMS))
     if options.context is not None and context not in (None, options.context):
         raise UsageError(f"{PARAMS} gives a context of {context:,} tokens", hint="leave --context out")
     length, assumed = default_context(facts)
     length = context or options.context or length
     fresh = config_of_facts(facts, dtype=dtype, context=length)
-    config, restored = restore_config(facts, recorded_configuration(folder, CONFIG), fresh)
+    kept = recorded_configuration(folder, CONFIG)
+    config, restored = restore_config(facts, kept, fresh)
+    if kept is not None and not restored:
+        notes.append(f"the {CONFIG} that {MANIFEST} keeps describes another model than {PARAMS} does, and is not used")
     if restored and (context or options.context):  # what is said goes before what was kept
         config = {**config, "max_position_embeddings": length}
     if assumed and not (restored or context or options.context):
         notes.append(
             f"{PARAMS} does not say how long a context may be; {length:,} tokens are assumed (--context says otherwise)"
         )
-    return config
+    return config, notes
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

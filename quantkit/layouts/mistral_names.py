@@ -98,7 +98,7 @@ def check_complete(
             )  # fmt: skip
             raise SourceError(
                 f"tensor {called} is {list(tensor.shape)}, {source} makes it {list(expected or ())}{heads}",
-                where=where, hint=f"{source} and the weights are of different models",
+                where=where, hint=f"{source} and the weights are of different models, or a shard of them is missing",
             )  # fmt: skip
     if surplus:
         name = next(iter(surplus))

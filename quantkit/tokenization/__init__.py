@@ -51,7 +51,9 @@ def hf_tokenizer_files(
             # transformers takes any large vocabulary of a Mistral for one of those published with a wrong pattern, and
             # warns. This says to put the right one in, which is the one that is there.
             config["fix_mistral_regex"] = True
-        notes.append(f"with mistral-common installed, AutoTokenizer reads {name} in place of tokenizer.json")
+        notes.append(
+            f"with mistral-common 1.11.7 or newer installed, AutoTokenizer reads {name} in place of tokenizer.json"
+        )
     else:
         content = spm.tokenizer_json(tokenizer, where=where)
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
