@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check benchmark clean
+.PHONY: demo test test-slow check benchmark benchmark-convert clean
 
 demo: .venv/ready
 	$(BIN)/python scripts/demo.py
@@ -23,6 +23,9 @@ check: .venv/ready
 
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/bnb_7b.py
+
+benchmark-convert: .venv/ready
+	$(BIN)/python benchmarks/convert_7b.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -15,6 +15,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach for a network
 
+pytest_plugins = ["convert_inputs"]  # fixtures of tests/test_convert_bad_*.py
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 TINY: dict[str, dict[str, Any]] = {
