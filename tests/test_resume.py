@@ -205,7 +205,7 @@ def test_killed_at_random_moments(seed: int, source: Path, reference: dict[str, 
     chance = random.Random(seed)
     out = tmp_path / "out"
     counts = sorted(chance.sample(range(1, UNITS), 3))
-    moments = [delay(chance.uniform(0, 0.8)), *map(lines, counts), delay(chance.uniform(0.2, 0.8))]
+    moments = [delay(chance.uniform(0, 0.25)), *map(lines, counts), delay(chance.uniform(0.2, 0.8))]
     killed = 0
     for moment in moments:
         code, stderr = stop_at(source, out, moment, signal.SIGKILL)
