@@ -37,6 +37,7 @@ from quantkit.layouts.mistral_config import (
     facts_of_config,
     facts_of_params,
     generation,
+    native_quantization,
     params_of_facts,
     restore_config,
     restore_params,
@@ -74,6 +75,8 @@ def open_mistral(folder: Path, options: NativeOptions, *, data_present: bool = T
     check_plain(params, where)
     stored, files = _stored(folder, data_present=data_present)
     tensors, dropped, more = _canonical(stored, facts, folder, options)
+    if (said := native_quantization(params)) is not None:
+        more.insert(0, f"{PARAMS} announces {said}")
     config, about = make_config(facts, params, options, _dtype(tensors), folder)
     check_complete(facts, config, tensors, where=str(folder), native=True)
     return Checkpoint(
