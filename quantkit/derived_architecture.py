@@ -75,7 +75,7 @@ def _build(config: Mapping[str, Any], where: str) -> Any:
 
     hint = "upgrade transformers; a model that needs trust_remote_code cannot be read, its code is never run"
     try:
-        ours = AutoConfig.for_model(config.get("model_type"), **_plain(config))
+        ours = AutoConfig.for_model(config.get("model_type"), **plain_config(config))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(ours, trust_remote_code=False, attn_implementation="eager")
     except Exception as e:
@@ -86,7 +86,7 @@ def _build(config: Mapping[str, Any], where: str) -> Any:
         ) from e
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is not ours, at any depth; the model_type of an inner config stays, it selects that one's class."""
     inner = tuple(key for key in _NOT_OURS if key != "model_type")
     plain = {key: value for key, value in config.items() if key not in _NOT_OURS}

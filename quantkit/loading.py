@@ -14,7 +14,6 @@ from its source. The repacking fails on some shapes, and other CPU code is wrong
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import types
 from collections.abc import Callable, Iterable
@@ -28,10 +27,10 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.errors import SourceError, UsageError
 from quantkit.layouts.hf import code_keys
 from quantkit.layouts.mistral_params import PARAMS
+from quantkit.modules import Names, split_experts
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -68,7 +67,7 @@ def load(folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | 
     model, quantizer = _empty_model(path, wanted)
     if quantized and quantizer is None:
         raise bad_folder(path / "config.json", f"no quantization_config, though {next(iter(quantized))!r} is quantized")
-    names = _Names(model)
+    names = Names(model)
     if {names.linear(name) for name in quantized} != _converted_by_transformers(model, quantizer):
         _fill(model, path, tensors, quantized, names, quantizer, device)
     else:
@@ -125,109 +124,12 @@ def _converted_by_transformers(model: PreTrainedModel, quantizer: Any) -> set[st
     return {name for name in linears if should_convert_module(name, skipped)}
 
 
-class _Names:
-    """Names on disk → names in memory, by transformers' own conversion table."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        transforms = get_model_conversion_mapping(model)
-        self.renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-        self.mergers = [t for t in transforms if isinstance(t, WeightConverter)]
-        self.prefix = f"{model.base_model_prefix}."
-        self.known = set(model.state_dict())
-
-    def tensor(self, name: str) -> str:
-        """Renamed as in memory; the base model's prefix is added or dropped if that gives a name the model has."""
-        for renaming in self.renamings:
-            name, _ = renaming.rename_source_key(name)
-        if name not in self.known:
-            for other in (self.prefix + name, name.removeprefix(self.prefix)):
-                if other in self.known or (self.merged(other) or ("",))[0] in self.known:
-                    return other
-        return name
-
-    def linear(self, name: str) -> str:
-        return self.tensor(f"{name}.weight").removesuffix(".weight")
-
-    def merged(self, name: str) -> tuple[str, int] | None:
-        """For a tensor that transformers merges with others into one: that one's name, and the place in it."""
-        for merger in self.mergers:
-            target, pattern = merger.rename_source_key(name)
-            if pattern is not None:
-                return target, merger.source_patterns.index(pattern)
-        return None
-
-
-@functools.cache  # a function, because torch must not be imported with this module
-def _experts_class() -> type[nn.Module]:
-    import torch
-    from torch import nn
-
-    class QuantizedExperts(nn.Module):
-        """The experts of one MoE layer as single linears, `<expert>.<linear>`, in place of merged 3-D parameters.
-
-        `rule` is the module replaced, without its parameters: it knows how gate and up are combined.
-        """
-
-        def __init__(self, rule: nn.Module, into: list[str], out_of: str) -> None:
-            super().__init__()
-            self.rule, self.into, self.out_of = rule, into, out_of
-            down = rule.get_parameter("down_proj")
-            count, hidden, inner = down.shape
-            del rule.gate_up_proj, rule.down_proj
-            shapes = dict.fromkeys(into, (hidden, inner)) | {out_of: (inner, hidden)}
-            for expert in range(count):
-                layers = {n: nn.Linear(*s, bias=False, device="meta", dtype=down.dtype) for n, s in shapes.items()}
-                self.add_module(str(expert), nn.ModuleDict(layers))
-
-        def forward(
-            self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-        ) -> torch.Tensor:
-            """[tokens, hidden], [tokens, k] int and [tokens, k] float → [tokens, hidden]: transformers' contract."""
-            total = torch.zeros_like(hidden_states)
-            for expert in torch.unique(top_k_index).tolist():
-                token, place = torch.where(top_k_index == expert)
-                layers: Any = self.get_submodule(str(expert))
-                joined = torch.cat([layers[name](hidden_states[token]) for name in self.into], dim=-1)
-                result = layers[self.out_of](self.rule._apply_gate(joined))  # type: ignore[operator]
-                result = result * top_k_weights[token, place, None]
-                total.index_add_(0, token, result.to(total.dtype))
-            return total
-
-    return QuantizedExperts
-
-
-def _split_experts(model: PreTrainedModel, folder: Path, names: _Names, on_disk: list[str]) -> None:
-    """Replaces each merged experts module that lies on disk expert by expert, and tells `names`."""
-    found: dict[str, dict[str, dict[int, str]]] = {}
-    for name in on_disk:
-        inner = names.tensor(name)
-        if inner not in names.known and (merged := names.merged(inner)) and merged[0] in names.known:
-            path, _, parameter = merged[0].rpartition(".")
-            linear = inner.removesuffix(".weight").rpartition(".")[2]
-            found.setdefault(path, {}).setdefault(parameter, {})[merged[1]] = linear
-    for path, parameters in found.items():
-        rule = model.get_submodule(path)
-        # Another way to compute the experts must be refused, not guessed at.
-        plain = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-        plain["has_post_expert_norm"] = False
-        into, out_of = parameters.get("gate_up_proj", {}), parameters.get("down_proj", {})
-        odd = (len(parameters), set(into), set(out_of)) != (2, {0, 1}, {0})
-        if odd or any(getattr(rule, key, False) is not value for key, value in plain.items()):
-            fault = f"the experts {path!r} are incomplete or of a kind that cannot be loaded ({type(rule).__name__})"
-            raise SourceError(fault, where=str(folder), hint="quantize this model without its experts")
-        model.set_submodule(path, _experts_class()(rule, [into[0], into[1]], out_of[0]))
-    names.known = set(model.state_dict())
-
-
 def _fill(
     model: PreTrainedModel,
     folder: Path,
     tensors: dict[str, TensorInfo],
     quantized: dict[str, Parts],
-    names: _Names,
+    names: Names,
     quantizer: Any,
     device: str,
 ) -> None:
@@ -239,7 +141,7 @@ def _fill(
     # What transformers leaves unread too: buffers that old checkpoints carry, layers that no model has.
     ignored = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
     on_disk = [n for n in tensors if not COMPANION.fullmatch(n) and not ignored.search(n)]
-    _split_experts(model, folder, names, on_disk)
+    split_experts(model, folder, names, on_disk)
     targets = {name: names.tensor(name) for name in on_disk}
     refuse(folder, [name for name, target in targets.items() if target not in names.known], "not in the model")
     sources = {target: name for name, target in targets.items()}
