@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.api import convert, inspect, plan, quantize, verify
+    from quantkit.api import convert, evaluate, inspect, plan, quantize, verify
     from quantkit.loading import load
 
-__all__ = ["__version__", "convert", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["__version__", "convert", "evaluate", "inspect", "load", "plan", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console
 from quantkit.errors import SourceError, UsageError, VerifyError
+from quantkit.evaluator import WINDOWS, Evaluation, evaluate_folder
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
@@ -42,7 +43,7 @@ def plan_recipe(recipe: Recipe, *, data_present: bool = False, console: Console 
     prefer: Prefer = "mistral" if recipe.convert is not None and recipe.convert.to == "hf" else "hf"
     folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet, prefer=prefer)
     checkpoint = open_checkpoint(folder, data_present=data_present, native=recipe.native.options, prefer=prefer)
-    return make_plan(recipe, checkpoint, origin), checkpoint
+    return make_plan(recipe, checkpoint, origin, quiet=console.quiet), checkpoint
 
 
 def quantize(
@@ -108,6 +109,30 @@ def verify(
         commit, layout = _recorded(folder, source)
         parent, _ = resolve(source, commit, quiet=console.quiet, prefer=layout)
     return verify_folder(folder, parent, quick=quick, console=console)
+
+
+def evaluate(
+    folder: str | Path,
+    text: str,
+    *,
+    against: str | None = None,
+    windows: int = WINDOWS,
+    length: int | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    console: Console = _QUIET,
+) -> Evaluation:
+    """Perplexity of any folder on a text file, and how far it is from `against`; see `quantkit.evaluator`."""
+    _check_device(device)
+    parent = None
+    if against is not None:
+        place, _ = resolve(against, None, quiet=console.quiet)
+        parent = open_checkpoint(place)
+    place, _ = resolve(str(folder), None, quiet=console.quiet)
+    return evaluate_folder(
+        open_checkpoint(place), text, against=parent, windows=windows, length=length, threads=threads, device=device,
+        console=console,
+    )  # fmt: skip
 
 
 def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:

@@ -244,6 +244,11 @@ def expected_shape(architecture: Architecture, config: Mapping[str, Any], name: 
     return tuple(_value(architecture, config, expression) for expression in shape)
 
 
+def hidden_width(config: Mapping[str, Any]) -> int:
+    """Width of the hidden states between layers. SourceError where config.json does not say it."""
+    return _symbol(find(config) or _LLAMA, config, "H")
+
+
 def is_tied(architecture: Architecture, config: Mapping[str, Any]) -> bool:
     """Whether the head is the embedding, and so is not in the file."""
     tied = config.get("tie_word_embeddings")

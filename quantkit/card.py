@@ -48,11 +48,13 @@ __all__ = [
 
 MAX_QUOTE = 64_000  # characters of the parent's body that are quoted; a longer one is cut at a line
 # The floors of pyproject.toml (a test compares them): nothing older was tried.
-FLOORS = {"transformers": "5.0", "torch": "2.6", "accelerate": "1.1", "bitsandbytes": "0.49"}
+FLOORS = {"transformers": "5.0", "torch": "2.6", "accelerate": "1.1", "bitsandbytes": "0.49",
+          "gptqmodel": "7.0", "optimum": "2.0", "compressed-tensors": "0.17"}
 # Tag -> the paper that describes the method.
 PAPERS = {
     "nf4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
     "fp4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
+    "gptq": ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", "2210.17323"),
     "int8": ("LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "2208.07339"),
 }
 
@@ -181,8 +183,9 @@ def _short_name(text: str) -> str:
 
 def _needs(facts: CardFacts) -> list[str]:
     names = ["transformers", "torch", "accelerate"]
-    if "bitsandbytes" in facts.tags:
-        names.append("bitsandbytes")
+    names += [name for name in ("bitsandbytes", "compressed-tensors") if name in facts.tags]
+    if "gptq" in facts.tags and "compressed-tensors" not in facts.tags:
+        names += ["gptqmodel", "optimum"]
     own = [f"quantkit>={__version__}"] if facts.loader == "quantkit" else []
     return own + [f"{name}>={FLOORS[name]}" for name in names]
 

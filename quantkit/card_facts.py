@@ -11,13 +11,16 @@ from quantkit.parent_card import ParentCard
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """Relative Frobenius error, |restored - original| / |original|, over the tensors of one kind of module."""
+    """Relative Frobenius error, |restored - original| / |original|, over the tensors of one kind of module.
+
+    output: of a calibrated method, the energy of the error in the module's output relative to that of the output."""
 
     kind: str
     tensors: int
     weights: int
     mean: float
     worst: float
+    output: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class CardFacts:
     error_note: str
     nonfinite: tuple[tuple[str, int], ...]  # kind of module, weights that are NaN or infinite in the source
     files: tuple[FileRow, ...]
-    loader: Literal["transformers", "quantkit"]
+    loader: Literal["transformers", "quantkit", "gptqmodel"]
     chat: bool
     warnings: tuple[str, ...]
     config: Mapping[str, Any]
@@ -73,4 +76,5 @@ class CardFacts:
     tensors: int = 0
     decoded: int = 0  # tensors that the parent stores in FP8
     context: int | None = None  # longest sequence in tokens
+    calibration: Mapping[str, Any] | None = None  # as in the manifest
     old_reference: bool = False  # for the reference program of 2023

@@ -42,14 +42,25 @@ def _options(*given: Callable[[F], F]) -> Callable[[F], F]:
 
 # Each is a key of the recipe.
 _quantize_options = _options(
-    click.option("--bits", type=int, help="Bits per weight: 4 or 8.  [default: 4]"),
-    click.option("--method", help="Quantization method.  [default: bnb]"),
+    click.option("--bits", type=int, help="Bits per weight: 4 or 8; gptq and rtn also 2 and 3.  [default: 4]"),
+    click.option("--method", help="bnb, gptq (calibrated) or rtn (rounding, in gptq's format).  [default: bnb]"),
     click.option("--quant-type", help="4-bit code table, nf4 or fp4.  [default: nf4]"),
     click.option(
         "--double-quant/--no-double-quant", default=None, help="Block maxima in 8 bits, or not.  [default: yes]"
     ),
+    click.option("--group-size", type=int, help="gptq, rtn: weights that share a scale; 32, 64, 128 or -1 (a row)."),
+    click.option("--sym/--no-sym", default=None, help="gptq, rtn: no zero points, or with.  [default: sym]"),
+    click.option("--act-order", help="gptq: static, group (desc_act) or none.  [default: static]"),
+    click.option("--effort", help="gptq: low, default or high.  [default: default]"),
+    click.option("--damp", type=float, help="gptq: part of the mean diagonal added to the Hessian.  [default: 0.01]"),
+    click.option("--checkpoint-format", help="gptq, rtn: gptq or gptq_v2.  [default: gptq]"),
+    click.option("--format", help="gptq, rtn: gptq or compressed-tensors.  [default: gptq]"),
+    click.option("--calib", metavar="TEXT", help="gptq: FILE.txt, .jsonl, .parquet or a Hub dataset to calibrate on."),
+    click.option("--calib-samples", type=int, help="Rows of calibration text.  [default: 64]"),
+    click.option("--calib-length", type=int, metavar="TOKENS", help="Tokens a row.  [default: 1024, or the context]"),
+    click.option("--calib-seed", type=int, help="Draw the rows; otherwise they are taken from the beginning."),
     click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers as they are. Repeatable."),
-    click.option("--device", help="Where to encode: cpu or cuda.  [default: cpu]"),
+    click.option("--device", help="Where to compute: cpu or cuda.  [default: cpu]"),
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Quantize NaN and infinities as zero."),
 )
 _convert_options = _options(
@@ -103,6 +114,17 @@ def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert"] | None
         "quant_type": "quantize.quant_type",
         "double_quant": "quantize.double_quant",
         "skip": "quantize.skip",
+        "group_size": "quantize.group_size",
+        "sym": "quantize.sym",
+        "act_order": "quantize.act_order",
+        "effort": "quantize.effort",
+        "damp": "quantize.damp",
+        "checkpoint_format": "quantize.checkpoint_format",
+        "format": "quantize.format",
+        "calib": "calibration.text",
+        "calib_samples": "calibration.samples",
+        "calib_length": "calibration.length",
+        "calib_seed": "calibration.seed",
         "to": "convert.to",
         "profile": "convert.profile",
         "weights_format": "convert.weights_format",
@@ -223,6 +245,38 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
         sys.exit(error.exit_code)
 
 
+@cli.command("eval")
+@click.argument("folder", metavar="FOLDER")
+@click.option(
+    "--text", required=True, metavar="FILE", help="Text to predict: .txt, .jsonl, .parquet, or a Hub dataset."
+)
+@click.option("--against", metavar="SRC", help="Also compare with this model, token by token.")
+@click.option("--windows", type=int, default=12, show_default=True, help="Stretches of the text, from its beginning.")
+@click.option("--length", type=int, metavar="TOKENS", help="Of a window.  [default: 1024, or the context]")
+@click.option("--threads", type=int, help="Threads that compute.  [default: all cores]")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+@_output_options
+def evaluate(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Perplexity of any folder on a text, one layer in memory; with --against, how far it is from its source."""
+    from quantkit import api
+
+    console = Console(json=as_json, quiet=quiet)
+    found = api.evaluate(folder, console=console, **options)
+    spread = "" if found.error is None else f" ± {found.error:.3f}"
+    rows = [
+        ("text", f"{found.text}, {found.windows} windows of {found.length:,} tokens"),
+        ("perplexity", f"{found.perplexity:.4f}{spread}"),
+    ]
+    if (other := found.against) is not None:
+        rows += [
+            ("against", f"{other.name}, perplexity {other.perplexity:.4f}"),
+            ("increase", f"{found.perplexity / other.perplexity - 1:+.2%}"),
+            ("KL divergence", f"{other.kl:.5f} nats a token, 99th percentile {other.kl_99:.4f}"),
+            ("same top token", f"{other.agreement:.2%}"),
+        ]
+    console.result(asdict(found), table(rows))
+
+
 @cli.command()
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 @_output_options
@@ -261,11 +315,22 @@ def _plan_text(job: Plan) -> str:
             ("weights", f"{human_bytes(job.source_bytes)} → {human_bytes(job.weight_bytes)}"),
             ("peak RAM", f"{human_bytes(job.memory.peak)} at most, {job.memory.threads} threads"),
             ("disk", f"{job.disk:,} bytes ({human_bytes(job.disk)})"),
-            ("passes", "1 over the source"),
+            *_calibration_rows(job),
+            ("passes", f"{job.passes} over the source"),
             ("plan hash", job.hash),
         ]
     )
     return f"{tensors}\n\n{files}\n\n{totals}"
+
+
+def _calibration_rows(job: Plan) -> list[tuple[str, str]]:
+    if job.tokens is None:
+        return []
+    rows, length = job.tokens.ids.shape
+    return [
+        ("calibration", f"{rows:,} rows of {length:,} tokens from {job.tokens.name}"),
+        ("scratch", f"{human_bytes(job.scratch)} of disk while it runs"),
+    ]
 
 
 def _job_rows(job: Plan) -> list[tuple[str, str]]:

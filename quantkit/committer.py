@@ -6,7 +6,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +29,7 @@ class Committer(threading.Thread):
         super().__init__(name="committer", daemon=True)
         self.failure: BaseException | None = None
         self.writer, self.journal, self.seal = writer, journal, seal
-        self.queue: queue.SimpleQueue[tuple[Unit, Report] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[tuple[Unit, Report] | _Note | None] = queue.SimpleQueue()
         outputs = {t.name: u.name for u in plan.units for t in u.outputs}
         buffer = memoryview(bytearray(HASH_BUFFER))
         self.frontiers = [_Frontier(s, writer, outputs, buffer, seal) for s in plan.shards]
@@ -35,6 +37,16 @@ class Committer(threading.Thread):
 
     def put(self, unit: Unit, report: Report) -> None:
         self.queue.put((unit, report))
+
+    def note(self, entry: Mapping[str, Any]) -> None:
+        """Journals an entry after all that was put before it, and waits until it is on disk."""
+        note = _Note(entry, threading.Event())
+        self.queue.put(note)
+        while not note.written.wait(0.2):
+            self.check()
+            if not self.is_alive():
+                break
+        self.check()
 
     def run(self) -> None:
         try:
@@ -54,18 +66,23 @@ class Committer(threading.Thread):
             while not self.queue.empty():
                 batch.append(self.queue.get())
             last = None in batch
-            finished = [entry for entry in batch if entry is not None]
+            finished = [entry for entry in batch if isinstance(entry, tuple)]
             if finished:
                 self.writer.sync({t.file for unit, _ in finished for t in unit.outputs})
                 self.journal.append(
                     {
                         "unit": unit.name,
-                        "report": [r.squared_error, r.squared_norm, r.nonfinite],
+                        "report": r.row(),
                         **self.seal.entry(unit),
                     }
                     for unit, r in finished
                 )
                 self.done |= {unit.name for unit, _ in finished}
+            for note in batch:
+                if isinstance(note, _Note):
+                    self.journal.append([dict(note.entry)])
+                    note.written.set()
+            if finished:
                 self._hash()
 
     def _hash(self) -> None:
@@ -82,6 +99,12 @@ class Committer(threading.Thread):
         if self.is_alive():
             self.queue.put(None)
             self.join()
+
+
+@dataclass(frozen=True)
+class _Note:
+    entry: Mapping[str, Any]
+    written: threading.Event
 
 
 class _Frontier:

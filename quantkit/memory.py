@@ -9,6 +9,7 @@ from quantkit.checkpoint.header import DTYPE_BITS
 from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.views import SourceTensor
 from quantkit.errors import UsageError
+from quantkit.layer_memory import LayerMemory
 
 MIB = 1 << 20
 # Each constant stands some 20 % above what was measured, so that a plan is kept on machines unlike ours.
@@ -43,7 +44,8 @@ PER_TENSOR = 3 << 10
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of RAM by purpose, and the settings that keep to them."""
+    """Bytes of RAM by purpose, and the settings that keep to them. `layers` is of a calibrated method, which works
+    layer by layer once all slabs are done: the peak is that of the larger part."""
 
     threads: int
     in_flight: int
@@ -52,10 +54,13 @@ class MemoryPlan:
     slabs: int
     state: int
     table: int
+    layers: LayerMemory | None = None
 
     @property
     def peak(self) -> int:
-        return self.base + self.slabs + self.state + self.table + 2 * HASH_BUFFER
+        both = self.table + 2 * HASH_BUFFER
+        slabs = self.base + self.slabs + self.state + both
+        return slabs if self.layers is None else max(slabs, self.layers.peak + both)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ from typing import Any
 
 from quantkit import architectures
 from quantkit.architectures import Linear
+from quantkit.calibration.data import Tokens, load_tokens
 from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header, quote
 from quantkit.checkpoint.torch_zip_writer import plan_torch_zip
 from quantkit.checkpoint.views import SourceTensor, plain
 from quantkit.errors import SourceError, UsageError
+from quantkit.layer_memory import LayerShape, StreamShape, plan_layers
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
 from quantkit.layouts.hf import index_text
 from quantkit.memory import MemoryPlan, Work, plan_memory
-from quantkit.methods.base import WeightSpec
+from quantkit.methods.base import Selection, WeightSpec
 from quantkit.patterns import select
 from quantkit.plans import (
     CARD,
@@ -43,6 +45,12 @@ from quantkit.version import __version__
 # Tensor names that only a quantized checkpoint has.
 QUANTIZED_MARKS = (".qweight", ".qzeros", ".weight.absmax", ".SCB", ".weight_scale", ".weight_scale_inv", ".q_weight",
                    ".weight_packed", ".weight.quant_map")  # fmt: skip
+# Where config.json says how long a text may be.
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+EXPERTS_WARNING = (
+    "transformers 5 with optimum fills the experts of this folder with random numbers, and only a line of its loading "
+    "report says so; load it with gptqmodel itself, or with an engine that keeps experts apart"
+)
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -99,7 +107,7 @@ def find_linears(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[Lin
     return found, skip, str(checkpoint.config.get("model_type")), ""
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: bool = True) -> Plan:
     """The plan. Raises SourceError or UsageError where the job cannot be done."""
     if (how := quantized_already(checkpoint)) is not None:
         reason = "the source is quantized already"
@@ -108,10 +116,13 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
         raise SourceError(f"{reason} ({how})", where=str(checkpoint.folder), hint="name the unquantized parent instead")
     target = target_of(recipe, checkpoint)
     tensors = [t for t in source_tensors(checkpoint) if t.name in target.names]
-    chosen = _Chosen()
+    chosen, tokens = _Chosen(), None
     if recipe.quantize is not None:
         _check_device(recipe)
         chosen = _choose(recipe.quantize, checkpoint, tensors)
+        quantize = recipe.quantize.model_copy(update={"params": chosen.params})
+        recipe = recipe.model_copy(update={"quantize": quantize})
+        recipe, tokens = _calibrate(recipe, checkpoint, target, quiet=quiet)
     units = [_unit(t, chosen.linears.get(t.name), recipe, target, str(checkpoint.folder)) for t in tensors]
     _refuse_twice(units, str(checkpoint.folder))
     shards, units = _shard(units, recipe, target)
@@ -119,7 +130,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
     if recipe.quantize is not None:
         method = recipe.quantize.implementation
         compute = next(u.weight.dtype for u in units if u.weight is not None)
-        config["quantization_config"] = method.config(recipe.quantize.params, compute, chosen.skipped)
+        config["quantization_config"] = method.config(recipe.quantize.params, compute, chosen.selection)
+        extra = method.extra_files(config["quantization_config"])
+        target = replace(target, generated={**target.generated, **extra})
     warnings = [
         *checkpoint.notes,
         *(checkpoint.config_notes if target.layout == "hf" else ()),
@@ -138,18 +151,29 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin) -> Plan:
             "recorded": target.recorded,
             "generated": {name: hashlib.sha256(data).hexdigest() for name, data in target.generated.items()},
             "card": digest(checkpoint.parent_card),
+            "tokens": None if tokens is None else tokens.sha256,
             "tensors": [[[t.name, t.dtype, list(t.shape)], t.file, t.offset] for u in units for t in u.outputs],
         }
     )
     plan = Plan(
         recipe, origin, chosen.architecture or str(checkpoint.config.get("model_type")), identity, tuple(units), shards,
         (), config, target.layout, target.config_file, target.index_file, target.copies, target.generated,
-        _memory(units, recipe, chosen, target), tuple(warnings), {},
+        _memory(units, recipe, chosen, target, checkpoint, tokens), tuple(warnings), {},
+        tokens, _streams(recipe, tokens),
     )  # fmt: skip
-    loader = "quantkit" if chosen.warning else "transformers" if target.layout == "hf" else "mistral-inference"
-    draft = draft_manifest(plan, checkpoint, target, chosen.skipped, loader)
+    loader = _loader(recipe, chosen, target)
+    draft = draft_manifest(plan, checkpoint, target, chosen.selection, loader)
     plan = replace(plan, draft=draft)
     return replace(plan, files=tuple(_files(plan)))
+
+
+def _loader(recipe: Recipe, chosen: _Chosen, target: Target) -> str:
+    """Which program the card shows for loading the result."""
+    if target.layout != "hf":
+        return "mistral-inference"
+    if not chosen.warning or recipe.quantize is None:
+        return "transformers"
+    return "quantkit" if recipe.quantize.method == "bnb" else "gptqmodel"
 
 
 def target_of(recipe: Recipe, checkpoint: Checkpoint, *, tokenizer: bool = True) -> Target:
@@ -189,20 +213,74 @@ class _Chosen:
     architecture: str = ""
     warning: str = ""
     derived: bool = False  # transformers was asked, and so torch is there
+    refused: Mapping[str, str] = field(default_factory=dict)  # why the format cannot hold them, by module
+    params: Any = None  # of the method, nothing left open
+
+    @property
+    def selection(self) -> Selection:
+        encoded = tuple(linear.module for linear in self.linears.values())
+        return Selection(encoded, tuple(x.module for x in self.all if x.module not in set(encoded)), self.skipped)
 
 
 def _choose(quantize: Quantize, checkpoint: Checkpoint, tensors: Sequence[SourceTensor]) -> _Chosen:
     linears, skip_modules, name, warning = find_linears(checkpoint, [t.name for t in tensors])
     modules = [t.name.removesuffix(".weight") for t in tensors if t.name.endswith(".weight")]
     left_out = select(modules, quantize.skip)
-    chosen = {f"{linear.module}.weight": linear for linear in linears if linear.module not in left_out}
+    method, by_name = quantize.implementation, {t.name: t for t in tensors}
+    wanted = [x for x in linears if x.module not in left_out]
+    specs = {x.module: _spec(by_name[f"{x.module}.weight"], x, str(checkpoint.folder)) for x in wanted}
+    params = method.resolve(quantize.params, tuple(specs.values()))
+    refused = {module: why for module, spec in specs.items() if (why := method.refuses(spec, params)) is not None}
+    chosen = {f"{x.module}.weight": x for x in wanted if x.module not in refused}
     if not chosen:
+        why = f"{len(linears)} linear layers found, all of them skipped"
+        if refused:
+            module, reason = next(iter(refused.items()))
+            why = f"{module}, as an example, {reason}"
         raise SourceError(
-            f"nothing is left to quantize: {len(linears)} linear layers found, all of them skipped",
-            where=str(checkpoint.folder), hint="check --skip, and that config.json belongs to these weights",
+            f"nothing is left to quantize: {why}",
+            where=str(checkpoint.folder),
+            hint="try another --group-size or --method" if refused
+            else "check --skip, and that config.json belongs to these weights",
         )  # fmt: skip
     skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
-    return _Chosen(chosen, linears, skipped, name, warning, architectures.find(checkpoint.config) is None)
+    return _Chosen(
+        chosen, linears, skipped, name, warning, architectures.find(checkpoint.config) is None, refused, params
+    )
+
+
+def _calibrate(recipe: Recipe, checkpoint: Checkpoint, target: Target, *, quiet: bool) -> tuple[Recipe, Tokens | None]:
+    """The tokens that a calibrated method looks at; the recipe with the text's public name, and nothing left open."""
+    if recipe.calibration is None:
+        return recipe, None
+    vocabulary = checkpoint.config.get("vocab_size")
+    if type(vocabulary) is not int:
+        raise SourceError(
+            "config.json has no vocab_size, so tokens cannot be checked", where=str(checkpoint.folder),
+            hint="a calibrated method needs a causal language model; try --method rtn",
+        )  # fmt: skip
+    context = next((n for k in CONTEXTS if type(n := checkpoint.config.get(k)) is int), None)
+    tokenizer = target.generated.get("tokenizer.json", checkpoint.folder)
+    tokens = load_tokens(recipe.calibration, tokenizer, vocab_size=vocabulary, context=context, quiet=quiet)
+    public = {"length": tokens.ids.shape[1], "text": tokens.name if recipe.calibration.text is not None else None}
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=public)}), tokens
+
+
+def _streams(recipe: Recipe, tokens: Tokens | None) -> tuple[str, ...]:
+    if tokens is None or recipe.quantize is None:
+        return ()
+    return recipe.quantize.implementation.streams(recipe.quantize.params)
+
+
+def _spec(source: SourceTensor, linear: Linear, where: str) -> WeightSpec:
+    """A linear as the method sees it. SourceError if it is none."""
+    if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
+        raise SourceError(
+            f"tensor {source.name!r} is {source.dtype} {list(source.shape)}: no 16- or 32-bit float matrix",
+            where=f"{where}/{source.file}", hint="name the unquantized parent, or leave the tensor alone with --skip",
+        )  # fmt: skip
+    rows, columns = reversed(source.shape) if linear.transposed else source.shape
+    return WeightSpec(linear.module, source.dtype, rows, columns)
 
 
 def _unit(source: SourceTensor, linear: Linear | None, recipe: Recipe, target: Target, where: str) -> Unit:
@@ -213,17 +291,13 @@ def _unit(source: SourceTensor, linear: Linear | None, recipe: Recipe, target: T
         return Unit(
             source, (written,), head_dim=head_dim, granule=math.lcm(source.granule, head_dim * source.columns or 1)
         )
-    if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
-        raise SourceError(
-            f"tensor {source.name!r} is {source.dtype} {list(source.shape)}: no 16- or 32-bit float matrix",
-            where=f"{where}/{source.file}", hint="name the unquantized parent, or leave the tensor alone with --skip",
-        )  # fmt: skip
-    rows, columns = reversed(source.shape) if linear.transposed else source.shape
-    weight = WeightSpec(linear.module, source.dtype, rows, columns)
+    weight = _spec(source, linear, where)
     method = recipe.quantize.implementation
     outputs = tuple(TensorInfo(s.name, s.dtype, s.shape, "", 0) for s in method.outputs(weight, recipe.quantize.params))
-    granule = 0 if linear.transposed else math.lcm(source.granule, method.granule(weight))
-    return Unit(source, outputs, linear, weight, granule=granule)
+    own = method.granule(weight)
+    granule = 0 if linear.transposed or not own or not source.granule else math.lcm(source.granule, own)
+    calibrated = method.needs == "hessian" and linear.layer >= 0
+    return Unit(source, outputs, linear, weight, granule=granule, calibrated=calibrated)
 
 
 def _refuse_twice(units: Sequence[Unit], where: str) -> None:
@@ -274,18 +348,54 @@ def _lay_out(name: str, tensors: Sequence[TensorSpec], target: Target) -> Shard:
     return Shard(name, ((0, header),), offsets[-1] + specs[-1].nbytes, at(specs, offsets))
 
 
-def _memory(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Target) -> MemoryPlan:
+def _memory(
+    units: Sequence[Unit],
+    recipe: Recipe,
+    chosen: _Chosen,
+    target: Target,
+    checkpoint: Checkpoint,
+    tokens: Tokens | None,
+) -> MemoryPlan:
     checked = recipe.convert is not None and recipe.convert.check
-    return plan_memory(
-        (Work(u.source, u.granule, u.linear is not None, _copies(u, checked=checked)) for u in units),
+    plan = plan_memory(
+        (
+            Work(u.source, u.granule, u.linear is not None, _copies(u, checked=checked))
+            for u in units
+            if not u.calibrated
+        ),
         tensors=sum(len(u.outputs) for u in units),
         threads=recipe.resources.threads,
         limit=recipe.resources.max_memory,
         device=recipe.resources.device,
         derived=chosen.derived,
-        generated=sum(map(len, target.generated.values())),
+        generated=sum(map(len, target.generated.values())) - len(target.generated.get("quantize_config.json", b"")),
         parsed=max((f.nbytes for f in target.copies), default=0) if target.layout == "mistral" else 0,
     )
+    if tokens is None:
+        return plan
+    rows, length = tokens.ids.shape
+    width = architectures.hidden_width(checkpoint.config)
+    stream = StreamShape(rows, length, width, len(set(tokens.ids.ravel().tolist())), "full" in _streams(recipe, tokens))
+    layers = plan_layers(_layers(units), stream, limit=recipe.resources.max_memory, device=recipe.resources.device)
+    return replace(plan, layers=layers)
+
+
+def _layers(units: Sequence[Unit]) -> list[LayerShape]:
+    """The decoder layers as the memory plan sees them: a tensor belongs to the layer whose linears begin like it."""
+    prefixes: dict[str, int] = {}
+    for u in units:
+        if u.calibrated and u.linear is not None:
+            prefixes.setdefault(u.name.partition(f".{u.linear.layer}.")[0] + f".{u.linear.layer}.", u.linear.layer)
+    solved: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
+    others = dict.fromkeys(solved, 0)
+    for u in units:
+        if u.calibrated and u.linear is not None and u.weight is not None:
+            solved[u.linear.layer].append((u.weight.rows, u.weight.columns))
+            continue
+        layer = next((n for prefix, n in prefixes.items() if u.name.startswith(prefix)), None)
+        if layer is not None:
+            others[layer] += u.source.numel
+    return [LayerShape(tuple(linears), others[layer]) for layer, linears in solved.items()]
 
 
 def _copies(unit: Unit, *, checked: bool) -> float:
@@ -324,8 +434,18 @@ def _misfits(checkpoint: Checkpoint, tensors: Sequence[SourceTensor], chosen: _C
 
 def _warnings(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Target, shards: int) -> list[str]:
     warnings = [chosen.warning] if chosen.warning else []
+    if recipe.quantize is not None and recipe.quantize.method != "bnb":
+        warnings = [EXPERTS_WARNING] if any(x.expert for x in chosen.linears.values()) else []
+    if recipe.quantize is not None:
+        warnings += recipe.quantize.implementation.reader_notes(chosen.selection, recipe.quantize.params)
+    by_reason: dict[str, list[str]] = {}
+    for module, why in chosen.refused.items():
+        by_reason.setdefault(why, []).append(module)
+    for why, modules in by_reason.items():
+        more = f" and {len(modules) - 1:,} more" if len(modules) > 1 else ""
+        warnings.append(f"left dense: {modules[0]}{more}, which {why}")
     odd = [u for u in units if u.weight is not None and (u.weight.columns % 64 or u.weight.rows % 32)]
-    if odd and recipe.quantize is not None and recipe.quantize.bits == 4:
+    if odd and recipe.quantize is not None and recipe.quantize.method == "bnb" and recipe.quantize.bits == 4:
         warnings.append(
             f"{len(odd)} layers have a width that 64 does not divide, or a height that 32 does not ({odd[0].name}): on "
             "CPUs with AVX-512, bitsandbytes 0.50 fails on them or computes wrong numbers; load with quantkit.load "

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.architectures import Linear
+from quantkit.calibration.data import Tokens
 from quantkit.checkpoint.header import TensorInfo
 from quantkit.checkpoint.torch_zip_writer import TorchZipPlan
 from quantkit.checkpoint.views import SourceTensor
@@ -36,7 +37,7 @@ class Unit:
 
     `linear` and `weight` are set where it is encoded; otherwise its elements are copied to the single output, with the
     rows of each head of `head_dim` in pairs where that is not 0. It is worked on in runs of whole granules, in
-    elements; 0: all at once.
+    elements; 0: all at once. `calibrated`: it is solved with its layer, see layer_runner.
     """
 
     source: SourceTensor
@@ -45,6 +46,7 @@ class Unit:
     weight: WeightSpec | None = None
     head_dim: int = 0
     granule: int = 8
+    calibrated: bool = False
 
     @property
     def name(self) -> str:
@@ -92,6 +94,8 @@ class Plan:
     memory: MemoryPlan
     warnings: tuple[str, ...]
     draft: Mapping[str, Any]  # the manifest without what only the run can measure
+    tokens: Tokens | None = None  # what a calibrated method looks at
+    streams: tuple[str, ...] = ()  # the models that are followed through it: quantized, and perhaps full
 
     @property
     def encoded(self) -> tuple[Unit, ...]:
@@ -121,6 +125,16 @@ class Plan:
         return 8 * sum(t.nbytes for u in self.encoded for t in u.outputs) / weights if weights else None
 
     @property
+    def passes(self) -> int:
+        """How often the source is read: to copy and hash it, and layer by layer to calibrate."""
+        return 1 if self.tokens is None else 2
+
+    @property
+    def scratch(self) -> int:
+        """Bytes on disk while the run is under way, beside the result: hidden states, what linears get."""
+        return 0 if self.memory.layers is None else self.memory.layers.scratch
+
+    @property
     def checked(self) -> bool:
         """Whether what is copied is mapped back and compared with the source."""
         return self.recipe.convert is not None and self.recipe.convert.check
@@ -143,7 +157,9 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "disk_bytes": self.disk,
-            "passes_over_source": 1,
+            "passes_over_source": self.passes,
+            "calibration": None if self.tokens is None else self.tokens.to_json(),
+            "scratch_bytes": self.scratch,
             "memory": {**asdict(self.memory), "peak": self.memory.peak},
             "files": [asdict(f) for f in self.files],
             "tensors": [

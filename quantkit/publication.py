@@ -19,7 +19,7 @@ from typing import Any
 from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
 from quantkit.errors import RunError
 from quantkit.layouts import Checkpoint, Target
-from quantkit.methods.base import Report
+from quantkit.methods.base import Report, Selection
 from quantkit.parent_card import ParentCard, read_parent_card
 from quantkit.plans import CARD, MANIFEST, Plan, PlannedFile, Unit
 from quantkit.recipe import SHARD_SIZE
@@ -27,6 +27,7 @@ from quantkit.version import __version__
 
 FORMAT = 1
 ERROR_NOTE = "Measured while encoding, on every 16th block (4-bit) or row (8-bit) of every tensor."
+LAYER_LIBRARIES = ("torch", "transformers")  # whose versions can change a calibrated result
 # As wide in JSON as any error or count that a run can measure.
 _WIDEST = 1.23456e-100
 _WIDEST_COUNT = 10**12 - 1
@@ -34,25 +35,28 @@ _WIDEST_COUNT = 10**12 - 1
 
 @dataclass(frozen=True)
 class Measured:
-    """What the run found out: a Report for each encoded tensor, SHA-256 of what was written and of what was read."""
+    """What the run found out: a Report for each encoded tensor, SHA-256 of what was written and of what was read, and
+    how many rows of calibration text had to be left out."""
 
     reports: Mapping[str, Report]
     outputs: Mapping[str, str]
     sources: Mapping[str, str]
+    excluded: int = 0
 
     @classmethod
     def placeholder(cls, plan: Plan, files: Iterable[PlannedFile]) -> Measured:
         """Stand-ins of the widest values."""
-        widest = Report(_WIDEST * _WIDEST, 1.0, _WIDEST_COUNT)
+        widest = Report(_WIDEST * _WIDEST, 1.0, _WIDEST_COUNT, _WIDEST)
         return cls(
             {u.name: widest for u in plan.encoded},
             {f.name: "0" * 64 for f in files},
             {row["name"]: "0" * 64 for row in plan.draft["source"]["files"]},
+            _WIDEST_COUNT,
         )
 
 
 def draft_manifest(
-    plan: Plan, checkpoint: Checkpoint, target: Target, skipped: Iterable[str], loader: str
+    plan: Plan, checkpoint: Checkpoint, target: Target, selection: Selection, loader: str
 ) -> dict[str, Any]:
     """All of the manifest that is known before the run."""
     parent = read_parent_card(checkpoint.parent_card)
@@ -78,7 +82,7 @@ def draft_manifest(
             "dropped": [*checkpoint.dropped, *(name for name in checkpoint.tensors if name not in target.names)],
             "files": [{"name": f.name, "bytes": f.nbytes} for f in checkpoint.files],
         },
-        "method": _about(plan, skipped),
+        "method": _about(plan, selection),
         "result": {
             "layout": plan.layout,
             "bits_per_weight": None if plan.bits_per_weight is None else round(plan.bits_per_weight, 4),
@@ -100,21 +104,24 @@ def draft_manifest(
         "tensors": [_tensor_row(u) for u in plan.units],
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("numpy", "numba")},
+            **{name: version(name) for name in ("numpy", "numba", *(LAYER_LIBRARIES if plan.tokens else ()))},
         },
     }
+    if plan.tokens is not None:
+        table["calibration"] = plan.tokens.to_json()
     if target.recorded:
         table["recorded"] = dict(target.recorded)
     return table
 
 
-def _about(plan: Plan, skipped: Iterable[str]) -> dict[str, Any]:
+def _about(plan: Plan, selection: Selection) -> dict[str, Any]:
     """What was done, as the card names it."""
     if (quantize := plan.recipe.quantize) is None:
         words = {"hf": "the Hugging Face layout", "mistral": "the mistral-src layout"}[plan.layout]
         return {"title": words, "slug": {"hf": "hf", "mistral": "mistral-src"}[plan.layout], "bits": None,
                 "tags": ["conversion"] if plan.layout == "hf" else ["conversion", "mistral-src"],
-                "settings": _settings(plan), "skipped_modules": [],
+                "settings": _settings(plan), "encoded": [], "left_dense": [], "skipped_modules": [],
+                "sampled": False,
                 "decoded": sum(u.source.scales is not None for u in plan.units)}  # fmt: skip
     about = quantize.implementation.describe(quantize.params)
     return {
@@ -123,7 +130,10 @@ def _about(plan: Plan, skipped: Iterable[str]) -> dict[str, Any]:
         "bits": quantize.bits,
         "tags": list(about.tags),
         "settings": [list(row) for row in about.settings],
-        "skipped_modules": list(skipped),
+        "encoded": list(selection.encoded),
+        "left_dense": list(selection.skipped),
+        "skipped_modules": list(selection.listed),
+        "sampled": quantize.method == "bnb",  # whether errors are those of a part of the weights
     }
 
 
@@ -145,15 +155,21 @@ def finish_manifest(draft: Mapping[str, Any], measured: Measured, files: Iterabl
     """The whole manifest: the draft with errors and checksums. `files` are the planned ones; manifest and card, which
     cannot hold their own checksums, are passed over."""
     manifest = {k: v for k, v in draft.items() if k != "kinds"}
+    calibrated = "calibration" in draft
     rows = defaultdict(list)
     for name, kind in draft["kinds"].items():
         rows[kind].append(name)
     shapes = {row["name"]: row["shape"] for row in draft["tensors"]}
-    manifest["errors"] = [_error_row(kind, names, shapes, measured) for kind, names in rows.items()]
+    manifest["errors"] = [
+        _error_row(kind, names, shapes, measured, calibrated=calibrated) for kind, names in rows.items()
+    ]
     manifest["tensors"] = [
-        {**row, "error": _short(measured.reports[row["name"]].relative_error)} if row["quantized"] else row
+        {**row, **_measured(measured.reports[row["name"]], calibrated=calibrated)} if row["quantized"] else row
         for row in draft["tensors"]
     ]
+    if calibrated:
+        fallbacks = sum(r.fallback for r in measured.reports.values())
+        manifest["calibration"] = {**draft["calibration"], "excluded": measured.excluded, "fallbacks": fallbacks}
     if draft["recipe"]["allow_nonfinite"]:
         manifest["nonfinite"] = min(sum(r.nonfinite for r in measured.reports.values()), _WIDEST_COUNT)
     source = dict(draft["source"])
@@ -167,7 +183,17 @@ def finish_manifest(draft: Mapping[str, Any], measured: Measured, files: Iterabl
     return manifest
 
 
-def _error_row(kind: str, names: list[str], shapes: Mapping[str, list[int]], measured: Measured) -> dict[str, Any]:
+def _measured(report: Report, *, calibrated: bool) -> dict[str, Any]:
+    """What is noted of one tensor."""
+    row: dict[str, Any] = {"error": _short(report.relative_error)}
+    if calibrated:
+        row |= {"output_error": _short(report.output_error), "fallback": report.fallback}
+    return row
+
+
+def _error_row(
+    kind: str, names: list[str], shapes: Mapping[str, list[int]], measured: Measured, *, calibrated: bool
+) -> dict[str, Any]:
     reports = [measured.reports[n] for n in names]
     error, norm = (math.fsum(x) for x in zip(*((r.squared_error, r.squared_norm) for r in reports), strict=True))
     return {
@@ -176,6 +202,7 @@ def _error_row(kind: str, names: list[str], shapes: Mapping[str, list[int]], mea
         "weights": sum(math.prod(shapes[n]) for n in names),
         "mean": _short(math.sqrt(error / norm) if norm > 0 else 0.0),
         "worst": _short(max(r.relative_error for r in reports)),
+        **({"output": _short(math.fsum(r.output_error for r in reports) / len(reports))} if calibrated else {}),
     }
 
 
@@ -230,7 +257,8 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
         architecture=source["architecture"],
         kept=tuple((k, n) for k, n in result["kept"]),
         errors=tuple(ErrorRow(**row) for row in manifest["errors"]),
-        error_note=ERROR_NOTE,
+        error_note=ERROR_NOTE if method["sampled"] else "",
+        calibration=manifest.get("calibration"),
         nonfinite=(("quantized tensors", manifest["nonfinite"]),) if "nonfinite" in manifest else (),
         files=tuple(FileRow(row["name"], row["bytes"], row["sha256"]) for row in manifest["files"]),
         loader=result["loader"],
@@ -252,7 +280,10 @@ def _command(manifest: Mapping[str, Any]) -> str:
     quantize, convert = recipe.get("quantize"), recipe.get("convert", {})
     words = ["quantkit", "quantize" if quantize else "convert", source["name"], "-o", "OUT"]
     if quantize:
+        if quantize["method"] != "bnb":
+            words += ["--method", quantize["method"]]
         words += ["--bits", str(quantize["bits"])]
+        words += _method_options(quantize)
         if quantize.get("quant_type", "nf4") != "nf4":
             words += ["--quant-type", quantize["quant_type"]]
         if quantize.get("double_quant") is False:
@@ -267,6 +298,8 @@ def _command(manifest: Mapping[str, Any]) -> str:
         if "weights_format" in convert:
             words += ["--weights-format", convert["weights_format"]]
         words += [f"--no-{key}" for key in ("tokenizer", "check") if not convert[key]]
+    for key, value in recipe.get("calibration", {}).items():
+        words += [f"--calib{'' if key == 'text' else f'-{key}'}", str(value)]
     for key, value in recipe.get("native", {}).items():
         words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
     if source["revision"]:
@@ -281,6 +314,19 @@ def _command(manifest: Mapping[str, Any]) -> str:
         if value is not None:
             words += ["--set", f"card.{key}={value}"]
     return shlex.join(words)
+
+
+# Keys of a recipe's quantize block, and the values that need not be said.
+_SAID = {"group_size": None, "act_order": "static", "effort": "default", "damp": 0.01, "checkpoint_format": "gptq",
+         "format": "gptq"}  # fmt: skip
+
+
+def _method_options(quantize: Mapping[str, Any]) -> list[str]:
+    words = []
+    for key, usual in _SAID.items():
+        if key in quantize and quantize[key] != usual:
+            words += [f"--{key.replace('_', '-')}", str(quantize[key])]
+    return words + (["--no-sym"] if quantize.get("sym") is False else [])
 
 
 def _titled(name: str, slug: str) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from quantkit.calibration.data import Calibration
 from quantkit.errors import RecipeError
 from quantkit.layouts.base import NativeOptions
 from quantkit.methods import METHODS
@@ -113,6 +114,7 @@ class Recipe(_Block):
     quantize: Quantize | None
     convert: Convert | None = None
     native: Native = Native()
+    calibration: Calibration | None = None
     shard_size: Size | None = None
     allow_nonfinite: bool = False
     card: Card = Card()
@@ -132,6 +134,8 @@ class Recipe(_Block):
             table["convert"] = self.convert.model_dump(exclude_none=True)
         if (native := self.native.model_dump(exclude_defaults=True)) != {}:
             table["native"] = native
+        if self.calibration is not None:
+            table["calibration"] = self.calibration.model_dump(exclude_none=True)
         return table | {
             "shard_size": self.largest_file,
             "allow_nonfinite": self.allow_nonfinite,
@@ -161,7 +165,9 @@ class Recipe(_Block):
         return yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
 
 
-_BLOCKS: dict[str, type[_Block]] = {"convert": Convert, "native": Native, "card": Card, "resources": Resources}
+_BLOCKS: dict[str, type[BaseModel]] = {
+    "convert": Convert, "native": Native, "calibration": Calibration, "card": Card, "resources": Resources,
+}  # fmt: skip
 
 
 class _Fail(Protocol):
@@ -237,6 +243,12 @@ def build_recipe(
                 f"{implementation.name} weights have no form in the mistral layout: no program would read them there",
                 ("convert", "to"), "leave out either the quantize block or the convert block",
             )  # fmt: skip
+        calibrated = implementation is not None and implementation.needs != "nothing"
+        if table.get("calibration") is not None and not calibrated:
+            named = "a conversion" if implementation is None else f"method {implementation.name}"
+            raise fail(f"{named} looks at no text", ("calibration",), "leave --calib and the calibration block out")
+        if calibrated:
+            table.setdefault("calibration", Calibration())
         if table.get("allow_nonfinite") is True and table["quantize"] is None:
             raise fail(
                 "allow_nonfinite is about quantizing; a conversion copies NaN as it is", ("allow_nonfinite",),

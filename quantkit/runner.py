@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import shutil
 import threading
 import time
 from collections import deque
@@ -33,6 +34,7 @@ from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, RunError, SourceError
 from quantkit.kernels.rope import to_halves, to_pairs
+from quantkit.layer_runner import LayerRun, LayersDone, can_resume, scratch
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import index_text
 from quantkit.memory import slab_elements
@@ -69,16 +71,23 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
     for warning in plan.warnings:
         console.warn(warning)
     try:
-        done = {str(e["unit"]): Report(*e["report"]) for e in journal.entries if "unit" in e}
+        done = {str(e["unit"]): Report.from_row(e["report"]) for e in journal.entries if "unit" in e}
         crcs = {str(e["unit"]): int(e["crc"]) for e in journal.entries if "crc" in e}
         sources = {str(e["source"]): str(e["sha256"]) for e in journal.entries if "source" in e}
         layouts = [FileLayout(s.name, s.fixed, s.nbytes) for s in plan.shards]
         writer = ShardWriter(out, layouts)
         lost = {u.name for u in plan.units if any(t.file in writer.fresh for t in u.outputs)}
         done = {name: report for name, report in done.items() if name not in lost}
+        layers = LayersDone.read(journal.entries)
+        if lost or not can_resume(plan, out, layers):
+            layers = LayersDone()
+        # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.
+        half = {u.name for u in plan.units if u.calibrated and u.linear and u.linear.layer >= layers.layers}
+        done = {name: report for name, report in done.items() if name not in half}
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
-                measured = _Run(plan, files, writer, journal, console, done, sources, crcs).run()
+                run = _Run(plan, checkpoint, files, writer, journal, console, done, sources, crcs)
+                measured = run.run(out, layers)
                 files.check_unchanged()
             writer.commit()
         finally:
@@ -86,6 +95,7 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         _publish(plan, checkpoint, out, measured)
         if plan.checked and plan.recipe.quantize is None:
             _reopen(plan, out)
+        shutil.rmtree(scratch(out), ignore_errors=True)
         journal.remove()
     except KeyboardInterrupt:
         again = "the same command without --force" if force else "the same command"
@@ -147,6 +157,7 @@ class _Run:
     def __init__(
         self,
         plan: Plan,
+        checkpoint: Checkpoint,
         files: SourceFiles,
         writer: ShardWriter,
         journal: Journal,
@@ -155,18 +166,19 @@ class _Run:
         sources: dict[str, str],
         crcs: dict[str, int],
     ) -> None:
-        self.plan, self.files, self.writer, self.console = plan, files, writer, console
+        self.plan, self.checkpoint, self.files, self.writer, self.console = plan, checkpoint, files, writer, console
         self.reports = dict(done)
         # What an earlier run wrote and can be compared is compared again: since then anything may have happened to it.
         self.again = {u.name for u in plan.units if plan.checked and u.linear is None and u.name in done}
         done = {name: report for name, report in done.items() if name not in self.again}
-        self.pending = [u for u in plan.units if u.name not in done]
+        self.pending = [u for u in plan.units if u.name not in done and not u.calibrated]
         self.seal = Seal(plan, writer, {name: crc for name, crc in crcs.items() if name in done})
         self.committer = Committer(plan, writer, journal, set(done), self.seal)
         self.hashes = SourceHashes(files, journal, sources)
 
-    def run(self) -> Measured:
-        total = sum(u.source.nbytes for u in self.pending)
+    def run(self, out: Path, layers: LayersDone) -> Measured:
+        calibrated = [u for u in self.plan.units if u.calibrated and u.name not in self.reports]
+        total = sum(u.source.nbytes for u in (*self.pending, *calibrated))
         # Each slab owns a buffer. Reusing them matters: the kernel zeroes fresh memory page by page.
         count = self.plan.memory.in_flight
         free = [page_buffer(0) for _ in range(count)]
@@ -195,13 +207,26 @@ class _Run:
                     # Half of the buffers are for slabs read ahead, half for those being encoded.
                     if len(in_flight) > count // 2 or not ahead:
                         free.append(self._reap(in_flight, progress))
+                free.clear()
+                excluded = self._layers(out, layers, progress) if calibrated else len(layers.excluded)
             outputs = self.committer.finish()
             sources = self.hashes.finish()
         finally:
             readers.shutdown(cancel_futures=True)
             workers.shutdown(cancel_futures=True)
             self.committer.stop()
-        return Measured({u.name: self.reports[u.name] for u in self.plan.encoded}, outputs, sources)
+        return Measured({u.name: self.reports[u.name] for u in self.plan.encoded}, outputs, sources, excluded)
+
+    def _layers(self, out: Path, layers: LayersDone, progress: Progress) -> int:
+        """What is solved layer by layer. Returns how many calibration rows were left out."""
+        run = LayerRun(
+            self.plan, self.checkpoint, self.files, self.writer, self.committer, progress, self._check_finite
+        )
+        try:
+            run.run(out, layers)
+        finally:
+            self.reports |= run.reports
+        return run.excluded
 
     def _slabs(self) -> Iterator[tuple[_Open, int, int]]:
         """(unit, first element, number of elements) of every slab to do, in file order."""

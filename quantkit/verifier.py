@@ -12,22 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorInfo, TensorSpec
+from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorSpec
 from quantkit.checkpoint.reader import SourceFiles, elements, read_json
-from quantkit.checkpoint.views import SourceTensor, plain, same_bytes
+from quantkit.checkpoint.views import SourceTensor, same_bytes
 from quantkit.console import Console, Progress
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import SIDE_FILES
 from quantkit.memory import SLAB, slab_elements
-from quantkit.methods.base import Array, Decoder, WeightSpec
+from quantkit.methods.base import Array, Selection, WeightSpec
 from quantkit.output import COMMITS, WEIGHT_SUFFIXES
 from quantkit.planner import target_of
 from quantkit.publication import FORMAT
 from quantkit.recipe import Native, Quantize, Recipe, build_recipe
-
-# What a decoder may raise on companions made to mislead: JSON of another shape has many ways to be wrong.
-UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+from quantkit.restored import UNDECODABLE, Packed, decoded
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,9 @@ class _Check:
         self.problems: list[str] = []
         self.files = self.tensors = self.quantized = self.compared = self.equal = 0
         self.errors: dict[str, float] = {}
-        self.skipped: list[str] = []
+        self.encoded: tuple[str, ...] = ()  # modules, as the manifest lists them
+        self.left_dense: tuple[str, ...] = ()
+        self.skipped: tuple[str, ...] = ()
 
     def run(self, parent: Checkpoint | None, *, quick: bool) -> None:
         manifest = read_json(self.folder / "quantkit.json")
@@ -111,7 +111,8 @@ class _Check:
             if quantize is None and any(row["quantized"] for row in manifest["tensors"]):
                 raise ValueError("it lists quantized tensors, and its recipe quantizes nothing")
             rows = [_Row.read(row) for row in manifest["tensors"]]
-            self.skipped = list(manifest["method"]["skipped_modules"])
+            encoded, dense, listed_ = (manifest["method"][k] for k in ("encoded", "left_dense", "skipped_modules"))
+            self.encoded, self.left_dense, self.skipped = map(_strings, (encoded, dense, listed_))
             dropped = {str(name) for name in manifest["source"].get("dropped", ())}
             listed = {str(f["name"]): (int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]}
         except (QuantkitError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
@@ -184,12 +185,9 @@ class _Check:
         if not isinstance(found, dict):
             self.problems.append("config.json: no quantization_config")
             return
-        listed = found.get("llm_int8_skip_modules")
-        if listed != self.skipped:
-            self.problems.append("config.json: llm_int8_skip_modules is not the manifest's")
-        skipped = tuple(listed) if isinstance(listed, list) else ()
         dtype = next((row.spec.dtype for row in rows if row.quantized), "F32")
-        wanted = quantize.implementation.config(quantize.params, dtype, skipped)
+        selection = Selection(self.encoded, self.left_dense, self.skipped)
+        wanted = quantize.implementation.config(quantize.params, dtype, selection)
         for key in sorted({*found, *wanted}):
             if found.get(key) != wanted.get(key):
                 what = f"is {found.get(key)!r}, the recipe makes it {wanted.get(key)!r}"
@@ -227,23 +225,8 @@ class _Check:
     ) -> Iterator[tuple[int, Array]]:
         """(first element, fp32 values) of a quantized tensor, slab by slab. ValueError if it does not decode."""
         assert quantize is not None, "only a quantize recipe has quantized rows"
-        weight, method = row.weight, quantize.implementation
-        main, *companions = (checkpoint.tensors[spec.name] for spec in method.outputs(weight, quantize.params))
-        stored = main.parts[0]
-        raw = plain(TensorInfo("", "U8", (stored.nbytes,), stored.file, stored.offset))
-        loaded = {info.name: _load(info, files) for info in companions}
-        decoder: Decoder = method.decoder(weight, quantize.params, loaded)
-        granule = method.granule(weight)
-        size = max(granule, SLAB // 4 // granule * granule)
-        for start in range(0, weight.numel, size):
-            count = min(size, weight.numel - start)
-            first, last = (n * main.nbytes // weight.numel for n in (start, start + count))
-            if start + count == weight.numel:
-                last = main.nbytes
-            values = decoder.decode(elements(raw, files, first, last - first), start, count)
-            if not np.isfinite(values).all():
-                raise ValueError("a value is not finite")
-            yield start, values
+        packed = Packed(row.weight, quantize.implementation, quantize.params, row.transposed)
+        return decoded(checkpoint.tensors, files, packed)
 
     def _compare(
         self,
@@ -285,6 +268,12 @@ class _Check:
         if measured > 3 * row.error + 0.02:
             what = f"relative error {measured:.4f} against the source, the manifest says {row.error:.4f}"
             self.problems.append(f"tensor {row.name!r}: {what}")
+
+
+def _strings(listed: Any) -> tuple[str, ...]:
+    if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+        raise ValueError("a list of modules is none")
+    return tuple(listed)
 
 
 @dataclass(frozen=True)
@@ -332,12 +321,6 @@ def _difference(found: SourceTensor | None, wanted: TensorSpec) -> str:
             f"the manifest makes it {wanted.dtype} {list(wanted.shape)}"
         )
     return ""
-
-
-def _load(info: SourceTensor, files: SourceFiles) -> Array:
-    dtypes: dict[str, Any] = {"F32": np.float32, "U8": np.uint8, "I8": np.int8}
-    loaded: Array = elements(info, files, 0, info.numel).view(dtypes[info.dtype]).reshape(info.shape)
-    return loaded
 
 
 class _Elements:

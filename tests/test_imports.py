@@ -27,7 +27,7 @@ LAYERS = (
     {"architectures", "patterns", "tokenization", "solvers"},
     {"checkpoint"},
     {"kernels"},
-    {"errors", "version"},
+    {"errors", "version", "torch_setup"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -55,6 +55,10 @@ class HiddenStates:
     def sync(self) -> None:
         sync_data(self._fd)
 
+    def remove(self) -> None:
+        self.close()
+        self.path.unlink(missing_ok=True)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

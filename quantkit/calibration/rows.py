@@ -86,7 +86,6 @@ class Pass:
         self.linears, self.begin = linears, begin
         self.weights = weights  # what a linear that was passed is computed with
         self.passed: set[str] = set()
-        self.ready: dict[str, torch.Tensor] = {}  # outputs that are known already
         self._inside: greenlet | None = None
         self._at: Stop | None = None
 
@@ -100,7 +99,7 @@ class Pass:
         return self._at.x
 
     def go_past(self, linears: Iterable[str]) -> None:
-        """From now on these are computed with `weights`, or taken from `ready`."""
+        """From now on these are computed with `weights`."""
         self.passed.update(linears)
         self._at = None
 
@@ -116,7 +115,6 @@ class Pass:
         if self._inside is not None:
             self._inside.throw()
         self._inside, self._at = None, None
-        self.ready.clear()
 
     def _go(self) -> Stop | torch.Tensor:
         self.linears.answer = self._answer
@@ -136,6 +134,4 @@ class Pass:
             parent = getcurrent().parent
             assert parent is not None
             parent.switch(Stop(name, x))
-        if name in self.ready:
-            return self.ready.pop(name)
         return apply_linear(x, self.weights[name])

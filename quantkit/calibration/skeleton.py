@@ -7,7 +7,7 @@ transformers builds from config.json, on the `meta` device until a layer's turn 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,7 +127,7 @@ class Skeleton:
                 module._parameters[place.leaf] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
 
     @torch.inference_mode()
-    def embed(self, weights: Weights, ids: torch.Tensor) -> tuple[Iterator[torch.Tensor], list[Call]]:
+    def embed(self, weights: Weights, ids: torch.Tensor) -> tuple[Generator[torch.Tensor, None, None], list[Call]]:
         """For token ids [rows, length]: the hidden states that enter the first layer, row by row as float32
         [1, length, hidden], and how each layer is to be called. Only those rows of the embedding are read that occur.
         """
@@ -143,7 +143,7 @@ class Skeleton:
         local = local.to(self.device)
         calls = self._catch(local[:1])[1]
 
-        def rows_in() -> Iterator[torch.Tensor]:
+        def rows_in() -> Generator[torch.Tensor, None, None]:
             try:
                 for row in local:
                     yield self._catch(row[None])[0]

@@ -11,7 +11,7 @@ full-precision one, whose outputs they should give. Between layers both are hidd
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,20 +22,25 @@ from quantkit.calibration.rows import Linears, Pass, apply_linear
 from quantkit.calibration.skeleton import Call, Place, Skeleton, Weights
 from quantkit.errors import RunError
 
+HELD_OUT = 8
 EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a fault of the model or of the text
 
 
 @dataclass
 class Statistics:
-    """What linears with one input saw: sums over the tokens of all rows, float32.
+    """What linears with one input saw: sums over the tokens of all rows but those held out, float32.
 
     hessian: Σ x xᵀ [in, in], x from the quantized stream. cross: by linear, Σ y xᵀ [out, in], y the output of the
-    unquantized linear in the full-precision stream; empty without that stream. tokens: how many were summed.
+    unquantized linear in the full-precision stream; empty without that stream, and for experts. tokens: how many.
+    probe(name, step): with a step [out, in] for a linear's weight w, (Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows
+    held out: how far along the step y is come nearest to. complete(): adds the rows held out to the Hessian.
     """
 
     hessian: torch.Tensor
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
+    probe: Callable[[str, torch.Tensor], tuple[float, float]] = lambda _name, _step: (0.0, 0.0)
+    complete: Callable[[], None] = lambda: None
 
 
 Solve = Callable[[tuple[str, ...], Statistics, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -55,8 +60,8 @@ class Stream:
     """Hidden states of all rows, and the layers that take them further.
 
     ids: int32 [rows, length]. linears: of each layer, those to solve. full: follow the full-precision model, too.
-    hold: keep stopped passes in memory (faster), or run them again (less memory). keep: weights in float32 (faster), or
-    as they are stored. The last two change no bit of the result.
+    held: so many rows keep their stopped passes in memory (faster), the others run the layer again up to where they
+    stopped (less memory). It changes no bit of the result.
     """
 
     def __init__(
@@ -68,11 +73,10 @@ class Stream:
         folder: Path,
         *,
         full: bool,
-        hold: bool = True,
-        keep: bool = True,
+        held: int = 0,
     ) -> None:
         self.skeleton, self.weights, self.ids, self.linears = skeleton, weights, ids, linears
-        self.hold, self.keep = hold, keep
+        self.folder, self.full, self.held = folder, full, held
         rows, length = ids.shape
         width = hidden_width(skeleton)
         names = ("quantized", "full") if full else ("quantized",)
@@ -80,17 +84,15 @@ class Stream:
         self.excluded: set[int] = set()
         self.calls: list[Call] = []
 
-    def begin(self, layer: int = 0) -> int:
-        """Prepares layer `layer`, or the first one if its hidden states are not there. Returns which."""
-        if layer and not all(s[layer % 2].complete for s in self.states.values()):
-            layer, self.excluded = 0, set()
-        rows, self.calls = self.skeleton.embed(self.weights, self.ids)
-        for i, hidden in enumerate(rows):
+    def begin(self, layer: int = 0) -> None:
+        """Prepares for layer `layer`; for the first one, by embedding the text."""
+        hidden, self.calls = self.skeleton.embed(self.weights, self.ids)
+        with closing(hidden):
             if layer:
-                break
-            for states in self.states.values():
-                states[0].write(i, hidden)
-        return layer
+                return
+            for i, row in enumerate(hidden):
+                for states in self.states.values():
+                    states[0].write(i, row)
 
     @property
     def rows(self) -> list[int]:
@@ -101,90 +103,133 @@ class Stream:
         """Takes all rows through one layer. `solve` gets each group's statistics and its weights [out, in], and returns
         what to go on with."""
         with self._loaded(index) as (linears, weights):
+            groups = self._groups(index, linears, weights)
+            targets = self._follow_full(index, linears, weights, groups) if self.full else {}
             new: dict[str, torch.Tensor] = {}
-            passes = {name: self._passes(index, name, linears, new if name == "quantized" else weights)
-                      for name in self.states}  # fmt: skip
-            for group in self._groups(index, linears, weights):
-                statistics = self._look(index, group, passes, weights)
+            passes = {r: Pass(linears, self._begin(index, "quantized", r), new) for r in self.rows}
+            for group in groups:
+                target = targets.pop(group, None)
+                statistics = self._look(index, group, passes, weights, target)
                 own = {name: weights[name] for name in group}
                 new |= {name: w.to(self.skeleton.device) for name, w in solve(group, statistics, own).items()}
                 del statistics, own
-                for row in passes["quantized"].values():
+                for name in group:
+                    del weights[name]
+                if target is not None:
+                    target.remove()
+                for row in passes.values():
                     row.go_past(group)
-                    if not self.hold:
-                        row.drop()
-            for name, by_row in passes.items():
-                out = self.states[name][(index + 1) % 2]
-                for r, row in by_row.items():
-                    out.write(r, row.finish())
-                out.sync()
-            self._check_excluded(index)
+            out = self.states["quantized"][(index + 1) % 2]
+            for r, row in passes.items():
+                out.write(r, row.finish())
+            out.sync()
 
-    def _passes(
-        self, index: int, stream: str, linears: Linears, weights: Mapping[str, torch.Tensor]
-    ) -> dict[int, Pass]:
-        states = self.states[stream][index % 2]
-
-        def begin(row: int) -> Callable[[], torch.Tensor]:
-            device = self.skeleton.device
-            return lambda: self.skeleton.run(index, states.read(row, device), self.calls[index])
-
-        return {r: Pass(linears, begin(r), weights) for r in self.rows}
+    def _begin(self, index: int, stream: str, row: int) -> Callable[[], torch.Tensor]:
+        states, device = self.states[stream][index % 2], self.skeleton.device
+        return lambda: self.skeleton.run(index, states.read(row, device), self.calls[index])
 
     def _groups(self, index: int, linears: Linears, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
-        states, row = self.states["quantized"][index % 2], self.rows[0]
-        hidden = states.read(row, self.skeleton.device)
-        return linears.groups(lambda: self.skeleton.run(index, hidden, self.calls[index]), weights)
+        return linears.groups(self._begin(index, "quantized", self.rows[0]), weights)
+
+    def _follow_full(
+        self,
+        index: int,
+        linears: Linears,
+        weights: Mapping[str, torch.Tensor],
+        groups: Sequence[tuple[str, ...]],
+    ) -> dict[tuple[str, ...], HiddenStates]:
+        """Takes the full-precision stream through the layer. Returns what each group of linears gets there, on disk."""
+        length = self.ids.shape[1]
+        aimed = [g for g in groups if not self.linears[index][g[0]].expert]
+        inputs = {
+            g: HiddenStates(self.folder / f"input-{i}", len(self.ids), length, weights[g[0]].shape[1])
+            for i, g in enumerate(aimed)
+        }
+        first = {g[0]: states for g, states in inputs.items()}
+        out = self.states["full"][(index + 1) % 2]
+        for r in self.rows:
+
+            def answer(name: str, x: torch.Tensor, row: int = r) -> torch.Tensor:
+                if name in first:
+                    first[name].write(row, x.reshape(1, length, -1))
+                return apply_linear(x, weights[name])
+
+            linears.answer = answer
+            out.write(r, self._begin(index, "full", r)())
+        out.sync()
+        return inputs
 
     def _look(
         self,
         index: int,
         group: tuple[str, ...],
-        passes: Mapping[str, dict[int, Pass]],
+        passes: dict[int, Pass],
         weights: Mapping[str, torch.Tensor],
+        target: HiddenStates | None,
     ) -> Statistics:
         """Statistics of one group over all rows. Rows with a value that is not finite are left out from here on."""
-        columns = weights[group[0]].shape[1]
-        device = self.skeleton.device
+        columns, device = weights[group[0]].shape[1], self.skeleton.device
         found = Statistics(torch.zeros(columns, columns, device=device))
-        full = passes.get("full", {})
-        if full:
-            aimed = [name for name in group if not self.linears[index][name].expert]
-            found.cross = {name: torch.zeros(weights[name].shape, device=device) for name in aimed}
-        for r, row in list(passes["quantized"].items()):
-            x = row.stop(group[0])
-            ready: dict[str, torch.Tensor] = {}
-            if full:
-                target = full[r].stop(group[0])
-                ready = {name: apply_linear(target, weights[name]) for name in group}
-            if not all(bool(torch.isfinite(t).all()) for t in (x, *ready.values())):
-                self._exclude(r, passes)
+        if target is not None:
+            found.cross = {name: torch.zeros(weights[name].shape, device=device) for name in group}
+        held_out = self.held_out if found.cross else frozenset()
+
+        def inputs(row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+            x = passes[row].stop(group[0]).reshape(-1, columns)
+            return x, None if target is None else target.read(row, device).reshape(-1, columns)
+
+        def let_go(place: int, row: int) -> None:
+            if place >= self.held:
+                passes[row].drop()
+
+        for i, r in enumerate(list(passes)):
+            x, wanted = inputs(r)
+            if not all(bool(torch.isfinite(t).all()) for t in (x, wanted) if t is not None):
+                self.excluded.add(r)
+                passes.pop(r).drop()
                 continue
-            flat = x.reshape(-1, columns)
-            found.hessian.addmm_(flat.T, flat)
-            found.tokens += len(flat)
-            for name, y in ready.items():
-                if name in found.cross:
-                    found.cross[name].addmm_(y.reshape(-1, y.shape[-1]).T, flat)
-            if full:
-                full[r].ready |= ready
-                full[r].go_past(group)
-            if not self.hold:
-                for by_row in passes.values():
-                    by_row[r].drop()
+            if r not in held_out:
+                found.hessian.addmm_(x.T, x)
+                found.tokens += len(x)
+                for name, cross in found.cross.items():
+                    assert wanted is not None
+                    cross.addmm_(apply_linear(wanted, weights[name]).T, x)
+            let_go(i, r)
+        self._check_excluded(index)
+        rows = [(i, r) for i, r in enumerate(passes) if r in held_out]
+
+        def probe(name: str, step: torch.Tensor) -> tuple[float, float]:
+            gain = energy = 0.0
+            for i, r in rows:
+                x, wanted = inputs(r)
+                assert wanted is not None
+                moved = apply_linear(x, step)
+                missing = apply_linear(wanted, weights[name]) - apply_linear(x, weights[name])
+                gain += float((moved * missing).sum())
+                energy += float((moved * moved).sum())
+                let_go(i, r)
+            return gain, energy
+
+        def complete() -> None:
+            for i, r in rows:
+                x = inputs(r)[0]
+                found.hessian.addmm_(x.T, x)
+                found.tokens += len(x)
+                let_go(i, r)
+
+        found.probe, found.complete = probe, complete
         return found
 
-    def _exclude(self, row: int, passes: Mapping[str, dict[int, Pass]]) -> None:
-        self.excluded.add(row)
-        for by_row in passes.values():
-            by_row.pop(row).drop()
-        self._check_excluded(-1)
+    @property
+    def held_out(self) -> frozenset[int]:
+        """Every eighth row: what a step toward the full-precision model is judged by."""
+        return frozenset(range(HELD_OUT - 1, len(self.ids), HELD_OUT))
 
     def _check_excluded(self, layer: int) -> None:
         if len(self.excluded) > EXCLUDED * len(self.ids):
             raise RunError(
                 f"activations are not finite in {len(self.excluded)} of {len(self.ids)} calibration rows",
-                where=f"layer {layer}" if layer >= 0 else "",
+                where=f"layer {layer}",
                 hint="the model overflows on this text; try another --calib, or --method rtn, which needs none",
             )
 
@@ -199,7 +244,7 @@ class Stream:
         for name, linear in wanted.items():
             value = self.weights.read(linear.place.name).to(skeleton.device)
             value = value.T.contiguous() if linear.transposed else value
-            weights[name] = value.float() if self.keep else value
+            weights[name] = value.float()
         linears = Linears({name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()})
         try:
             yield linears, weights

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quantkit.checkpoint.reader import SourceFiles, elements
 from quantkit.checkpoint.views import SourceTensor
 from quantkit.errors import SourceError
 from quantkit.layouts import Checkpoint
+
+Array = npt.NDArray[Any]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -28,10 +32,13 @@ class CheckpointWeights:
     def names(self) -> Iterable[str]:
         return self.tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, in the dtype that its view gives."""
+    def read(self, name: str, look: Callable[[Array], None] | None = None) -> torch.Tensor:
+        """The tensor, in the dtype that its view gives. `look` sees its elements first, as bit patterns."""
         tensor = self.tensors[name]
-        return _as_torch(elements(tensor, self.files, 0, tensor.numel), tensor).reshape(tensor.shape)
+        flat = elements(tensor, self.files, 0, tensor.numel)
+        if look is not None:
+            look(flat)
+        return _as_torch(flat, tensor).reshape(tensor.shape)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """[len(rows), columns]: some rows of a matrix, and no more than them in memory where they lie in one piece."""
@@ -57,5 +64,5 @@ def _dtype(tensor: SourceTensor) -> torch.dtype:
     return _DTYPES[tensor.dtype]
 
 
-def _as_torch(flat: np.ndarray, tensor: SourceTensor) -> torch.Tensor:
+def _as_torch(flat: Array, tensor: SourceTensor) -> torch.Tensor:
     return torch.from_numpy(flat.view(np.uint8)).view(_dtype(tensor))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from quantkit.checkpoint.header import TensorSpec
+from quantkit.solvers.coded import Coded
 
 Array = npt.NDArray[Any]
 
@@ -37,11 +38,26 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What encoding one tensor cost: Σ(w − ŵ)² and Σw² over the sampled weights, and how many were not finite."""
+    """What encoding one tensor cost: Σ(w − ŵ)² and Σw² over the sampled weights, and how many were not finite.
+
+    Of a calibrated method also the energy of the error in its output relative to that of the output, over the
+    calibration text, and whether it fell back to plain rounding.
+    """
 
     squared_error: float
     squared_norm: float
     nonfinite: int = 0
+    output_error: float = 0.0
+    fallback: bool = False
+
+    def row(self) -> list[float]:
+        """As the journal keeps it."""
+        return [self.squared_error, self.squared_norm, self.nonfinite, self.output_error, float(self.fallback)]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> Report:
+        error, norm, nonfinite, output_error, fallback = row
+        return cls(error, norm, int(nonfinite), output_error, bool(fallback))
 
     @property
     def relative_error(self) -> float:
@@ -87,6 +103,19 @@ class Description:
     settings: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which linears of a model a method takes, as module names.
+
+    encoded: in the order of the forward pass. skipped: linears left dense. listed: what bitsandbytes' configuration
+    lists as left alone, modules that are no linears of a block among them.
+    """
+
+    encoded: tuple[str, ...]
+    skipped: tuple[str, ...]
+    listed: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Method(Generic[P]):
     """A method: a name, its parameters, and the functions of the contract.
@@ -96,6 +125,10 @@ class Method(Generic[P]):
     encoder / decoder: see the protocols; `device` is "cpu" or a torch device. decoder raises ValueError if the
     companions do not fit the weight.
     config: what goes into config.json as `quantization_config`, from the source's dtype and the modules left alone.
+    resolve: the parameters with nothing left open, for these weights. refuses: why a weight must stay dense, or None.
+    extra_files: written beside config.json, from its quantization_config. reader_notes: what readers cannot be told.
+    Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from weights float32
+    [out, in] that share their inputs and the statistics of these; pack, a solved weight as the outputs.
     """
 
     name: str
@@ -106,9 +139,16 @@ class Method(Generic[P]):
     granule: Callable[[WeightSpec], int]
     encoder: Callable[[WeightSpec, P, str], Encoder]
     decoder: Callable[[WeightSpec, P, Mapping[str, Array]], Decoder]
-    config: Callable[[P, str, tuple[str, ...]], dict[str, Any]]
+    config: Callable[[P, str, Selection], dict[str, Any]]
     describe: Callable[[P], Description]
     devices: tuple[str, ...] = ("cpu",)
+    resolve: Callable[[P, Sequence[WeightSpec]], P] = lambda params, _specs: params
+    refuses: Callable[[WeightSpec, P], str | None] = lambda _spec, _params: None
+    extra_files: Callable[[Mapping[str, Any]], dict[str, bytes]] = lambda _config: {}
+    reader_notes: Callable[[Selection, P], tuple[str, ...]] = lambda _selection, _params: ()
+    streams: Callable[[P], tuple[str, ...]] = lambda _params: ()
+    solve: Callable[[Mapping[str, Any], Any, P], Iterator[tuple[str, Any]]] | None = None
+    pack: Callable[[Coded, WeightSpec, P], dict[str, Array]] | None = None
 
 
 def apply(method: Method[P], weight: Array, spec: WeightSpec, params: P) -> tuple[dict[str, Array], Report]:

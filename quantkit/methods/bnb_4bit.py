@@ -17,7 +17,7 @@ from pydantic import Field
 from quantkit.checkpoint.header import TensorSpec
 from quantkit.errors import SourceError
 from quantkit.kernels.bnb4_tables import BLOCK, ERROR_STRIDE, NESTED_BLOCK, TABLES, dynamic_map
-from quantkit.methods.base import Array, Description, Method, Parameters, Report, WeightSpec
+from quantkit.methods.base import Array, Description, Method, Parameters, Report, Selection, WeightSpec
 
 TORCH_DTYPE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # repr() of a non-negative fp32 as a double never needs more: the blob's length is then known before its number is.
@@ -175,7 +175,7 @@ def round_to(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.floa
     return values
 
 
-def config(params: Bnb4bit, dtype: str, skipped: tuple[str, ...]) -> dict[str, Any]:
+def config(params: Bnb4bit, dtype: str, selection: Selection) -> dict[str, Any]:
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -188,7 +188,7 @@ def config(params: Bnb4bit, dtype: str, skipped: tuple[str, ...]) -> dict[str, A
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": list(skipped),
+        "llm_int8_skip_modules": list(selection.listed),
         "llm_int8_threshold": 6.0,
     }
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from quantkit.checkpoint.header import TensorSpec
 from quantkit.errors import SourceError
-from quantkit.methods.base import Array, Description, Method, Parameters, Report, WeightSpec
+from quantkit.methods.base import Array, Description, Method, Parameters, Report, Selection, WeightSpec
 
 ERROR_STRIDE = 16
 FP16_LIMIT = 65536.0  # what rounds to infinity in fp16 shows up as a row scale at or above this
@@ -88,7 +88,7 @@ class BnbInt8Decoder:
         return out.reshape(-1)
 
 
-def config(params: BnbInt8, dtype: str, skipped: tuple[str, ...]) -> dict[str, Any]:
+def config(params: BnbInt8, dtype: str, selection: Selection) -> dict[str, Any]:
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": False,
@@ -101,7 +101,7 @@ def config(params: BnbInt8, dtype: str, skipped: tuple[str, ...]) -> dict[str, A
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": list(skipped),
+        "llm_int8_skip_modules": list(selection.listed),
         "llm_int8_threshold": 6.0,
     }
 

@@ -1,0 +1,53 @@
+"""The parts of a blocked Cholesky factorization that are not matrix products, each sum in one fixed order.
+
+LAPACK's own give different last digits for different numbers of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(nogil=True, cache=True)
+def factor_corner(corner):  # type: ignore[no-untyped-def]
+    """The lower factor L of `corner` = L·Lᵀ, float32 [n, n], in its place, zeros above; whether there is one.
+
+    Reads the lower triangle. Row by row, so that what is subtracted lies side by side.
+    """
+    n = corner.shape[0]
+    for k in range(n):
+        for j in range(k):
+            corner[j, k] = corner[k, j]
+    # Upper form, Rᵀ·R with R = Lᵀ: row k leaves its product with itself in the rows below.
+    for k in range(n):
+        pivot = corner[k, k]
+        if not (pivot > 0 and pivot < np.inf):
+            return False
+        root = np.sqrt(pivot)
+        top = corner[k]
+        for j in range(k, n):
+            top[j] /= root
+        for i in range(k + 1, n):
+            part = top[i]
+            row = corner[i]
+            for j in range(i, n):
+                row[j] -= part * top[j]
+    for k in range(n):
+        for j in range(k):
+            corner[k, j] = corner[j, k]
+            corner[j, k] = 0
+    return True
+
+
+@njit(nogil=True, cache=True)
+def substitute(start, stop, upper, rows):  # type: ignore[no-untyped-def]
+    """X·U = B for rows start … stop − 1 of B, float32 [rows, n], in place. U: float32 [n, n], upper triangular."""
+    for r in range(start, stop):
+        row = rows[r]
+        for j in range(upper.shape[0]):
+            row[j] /= upper[j, j]
+            x = row[j]
+            beside = upper[j]
+            for k in range(j + 1, upper.shape[0]):
+                row[k] -= x * beside[k]

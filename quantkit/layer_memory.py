@@ -1,0 +1,90 @@
+"""How much RAM and disk the layer stream takes, and how much speed the RAM may buy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantkit.errors import UsageError
+
+MIB = 1 << 20
+# The interpreter with torch, transformers, Numba and its compiler.
+BASE = 560 * MIB
+BASE_GPU = 2600 * MIB
+# What a run takes where nothing is said, if it can: more rows in memory are faster, and change no bit.
+COMFORTABLE = 1000 * MIB
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer: (rows, columns) of its linears to solve, and the number of its other parameters."""
+
+    linears: tuple[tuple[int, int], ...]
+    others: int
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """What the plan knows of the stream: rows of calibration text and their length, the width of the hidden states,
+    the number of embedding rows in use at the most, and whether the full-precision model is followed."""
+
+    rows: int
+    length: int
+    width: int
+    embedding: int
+    full: bool
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of RAM by purpose while layers are solved, and the settings that keep to them.
+
+    held: rows whose stopped passes stay in memory; the others run the layer again up to where they stopped. It does not
+    change what is written.
+    """
+
+    held: int
+    base: int
+    weights: int
+    solver: int
+    activations: int
+    scratch: int  # bytes of disk, not of RAM
+
+    @property
+    def peak(self) -> int:
+        return self.base + self.weights + self.solver + self.activations
+
+
+def plan_layers(layers: Sequence[LayerShape], stream: StreamShape, *, limit: int | None, device: str) -> LayerMemory:
+    """The fastest arrangement within `limit` bytes, or within a comfortable size where none is named.
+
+    UsageError if even the leanest needs more than `limit`.
+    """
+    tokens = stream.rows * stream.length
+    widest = max(columns for layer in layers for _, columns in layer.linears)
+    tallest = max(rows for layer in layers for rows, _ in layer.linears)
+    largest = max(rows * columns for layer in layers for rows, columns in layer.linears)
+    inputs = max(sum(sorted({c for _, c in layer.linears})) + 2 * stream.width for layer in layers)
+    # The Hessian and its factor; a weight, what it is aimed at, what is still to be rounded, errors, the result.
+    solver = FLOAT * (2 * widest * widest + 5 * largest) + largest
+    # A row's way through a layer: the residual, the norm's output, what attention and the feed-forward part hold.
+    one_row = FLOAT * stream.length * (4 * stream.width + 3 * max(widest, tallest))
+    per_row = FLOAT * stream.length * (3 * stream.width + max(widest, 3 * stream.width))
+    base = BASE if device == "cpu" else BASE_GPU
+    scratch = FLOAT * tokens * (4 * stream.width + inputs if stream.full else 2 * stream.width)
+
+    largest_layer = max(layer.others + sum(r * c for r, c in layer.linears) for layer in layers)
+
+    def at(held: int) -> LayerMemory:
+        weights = FLOAT * max(largest_layer, stream.embedding * stream.width)
+        return LayerMemory(held, base, weights, solver, one_row + held * per_row, scratch)
+
+    leanest = at(0)
+    if limit is not None and leanest.peak > limit:
+        raise UsageError(
+            f"--max-memory {limit / MIB:,.0f} MiB is too little: this job needs {leanest.peak / MIB:,.0f} MiB",
+            hint=f"allow {-(-leanest.peak // MIB)}MiB, or leave --max-memory out",
+        )
+    room = (limit or COMFORTABLE) - leanest.peak
+    return at(max(0, min(stream.rows, room // per_row)))

@@ -1,0 +1,182 @@
+"""The calibrated part of a run: layer after layer through the stream, each linear solved, packed and written.
+
+Beside the tensors, a layer's end is journalled, once its tensors and the hidden states behind it are on disk. A run
+that was interrupted goes on with the layer that it was at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint.journal import FOLDER
+from quantkit.checkpoint.reader import SourceFiles
+from quantkit.checkpoint.writer import ShardWriter
+from quantkit.committer import Committer
+from quantkit.console import Progress
+from quantkit.layouts import Checkpoint
+from quantkit.methods.base import Array, Report
+from quantkit.plans import Plan, Unit
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.calibration.stream import Statistics
+
+
+@dataclass(frozen=True)
+class LayersDone:
+    """What the journal says of an earlier run: how many layers are finished, and which rows were left out by then."""
+
+    layers: int = 0
+    excluded: frozenset[int] = frozenset()
+
+    @classmethod
+    def read(cls, entries: list[dict[str, Any]]) -> LayersDone:
+        found = [e for e in entries if "layer" in e]
+        return cls(int(found[-1]["layer"]) + 1, frozenset(found[-1]["excluded"])) if found else cls()
+
+
+def scratch(out: Path) -> Path:
+    """Where hidden states lie while a run is under way."""
+    return out / FOLDER / "hidden"
+
+
+def can_resume(plan: Plan, out: Path, done: LayersDone) -> bool:
+    """Whether the hidden states that the next layer needs are there."""
+    names = plan.streams
+    return all((scratch(out) / f"{name}-{done.layers % 2}").is_file() for name in names)
+
+
+class LayerRun:
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        files: SourceFiles,
+        writer: ShardWriter,
+        committer: Committer,
+        progress: Progress,
+        check: Callable[[Unit, int, Array], int],
+    ) -> None:
+        self.plan, self.checkpoint, self.files = plan, checkpoint, files
+        self.writer, self.committer, self.progress = writer, committer, progress
+        self.check = check
+        self.units = {u.weight.module: u for u in plan.units if u.calibrated and u.weight is not None}
+        self.zeroed: dict[str, int] = {}
+        self.reports: dict[str, Report] = {}
+        self.excluded = 0
+
+    def run(self, out: Path, done: LayersDone) -> None:
+        """All layers from the first that is not finished."""
+        import torch
+
+        from quantkit.calibration.skeleton import Skeleton
+        from quantkit.calibration.stream import Linear, Stream
+        from quantkit.torch_setup import prepare_torch
+
+        plan = self.plan
+        quantize, tokens, memory = plan.recipe.quantize, plan.tokens, plan.memory.layers
+        assert quantize is not None
+        assert tokens is not None
+        assert memory is not None
+        prepare_torch(plan.memory.threads)
+        weights = _Checked(self)
+        skeleton = Skeleton(
+            self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.folder, plan.recipe.resources.device
+        )
+        places = {p.name: p for layer in skeleton.inside for p in layer}
+        layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
+        for name, unit in self.units.items():
+            assert unit.linear is not None
+            linear = Linear(places[unit.name], unit.linear.transposed, unit.linear.expert)
+            layers[unit.linear.layer][name] = linear
+        folder = scratch(out)
+        folder.mkdir(exist_ok=True)
+        stream = Stream(
+            skeleton, weights, torch.from_numpy(tokens.ids.copy()), layers, folder,
+            full="full" in plan.streams, held=memory.held,
+        )  # fmt: skip
+        try:
+            stream.excluded = set(done.excluded)
+            stream.begin(done.layers)
+            for index in range(done.layers, len(layers)):
+                solved: set[str] = set()
+
+                def solve(
+                    group: tuple[str, ...], found: Statistics, own: Mapping[str, torch.Tensor], seen: set[str] = solved
+                ) -> Mapping[str, torch.Tensor]:
+                    seen |= set(group)
+                    return self._solve(group, found, own)
+
+                stream.layer(index, solve)
+                for name in sorted(layers[index].keys() - solved):  # nobody called them
+                    raise AssertionError(name)
+                self.committer.note({"layer": index, "excluded": sorted(stream.excluded)})
+                self.committer.check()
+            self.excluded = len(stream.excluded)
+        finally:
+            stream.close()
+
+    def _solve(
+        self, group: tuple[str, ...], found: Statistics, own: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        import torch
+
+        quantize = self.plan.recipe.quantize
+        assert quantize is not None
+        method, params = quantize.implementation, quantize.params
+        restored: dict[str, torch.Tensor] = {}
+        assert method.solve is not None
+        for name, solved in method.solve(own, found, params):
+            unit = self.units[name]
+            assert unit.weight is not None
+            assert method.pack is not None
+            packed = method.pack(solved.coded, unit.weight, params)
+            for info in unit.outputs:
+                self.writer.write(info.file, info.offset, packed[info.name])
+            value = torch.from_numpy(solved.coded.restore())
+            report = _report(own[name], value, solved, self.zeroed.get(unit.name, 0))
+            restored[name] = value
+            self.reports[unit.name] = report
+            self.committer.put(unit, report)
+            self.progress.advance(unit.source.nbytes)
+            self.progress.unit(unit.name, unit.source.nbytes)
+        return restored
+
+
+class _Checked:
+    """The source's tensors, linears looked through for what is not finite as they are read."""
+
+    def __init__(self, run: LayerRun) -> None:
+        from quantkit.calibration.weights import CheckpointWeights
+
+        self.run, self.inner = run, CheckpointWeights(run.checkpoint, run.files)
+        self.units = {u.name: u for u in run.plan.units}
+
+    @property
+    def names(self) -> Any:
+        return self.inner.names
+
+    def read(self, name: str) -> torch.Tensor:
+        def look(flat: Array) -> None:
+            if (unit := self.units.get(name)) is not None and unit.calibrated:
+                self.run.zeroed[name] = self.run.check(unit, 0, flat)
+
+        return self.inner.read(name, look)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return self.inner.read_rows(name, rows)
+
+
+def _report(weight: torch.Tensor, restored: torch.Tensor, solved: Any, zeroed: int) -> Report:
+    difference = (weight.float().cpu() - restored).double()
+    return Report(
+        float((difference * difference).sum()),
+        float((weight.double() ** 2).sum()),
+        zeroed,
+        output_error=solved.report.loss or 0.0,
+        fallback=solved.report.fallback,
+    )

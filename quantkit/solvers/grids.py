@@ -1,0 +1,122 @@
+"""Grids of codes, and the search for the scale and zero point that suit a group of weights best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.kernels.scales import search
+from quantkit.solvers.coded import Coded
+from quantkit.solvers.projection import Projection, arrays, round_all, uniform
+from quantkit.solvers.scales_torch import search_torch
+from quantkit.solvers.threads import over_rows
+
+# The smallest part of a group's range that is worth covering: with few codes, clipping the extremes pays.
+SMALLEST_RATIO = {2: 0.3, 3: 0.4, 4: 0.5, 8: 0.9}
+RATIOS = 32
+SHIFTS = (0.0, -1.0, 1.0)
+POLISH = 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """bits: 2, 3, 4 or 8. group_size: columns that share a scale, −1 for all of a row; the last group may be shorter.
+
+    symmetric: the zero point is 2**(bits − 1) everywhere, and the sign of the scale says on which side lies the one
+    code more. Otherwise it is one of 1 … 2**bits − 1: files of GPTQ's first version cannot say 0.
+    """
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in SMALLEST_RATIO:
+            raise ValueError(f"{self.bits} bits: 2, 3, 4 or 8 are possible")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group size {self.group_size}: positive numbers are possible, and -1 for the whole row")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return int(2**self.bits - 1)
+
+    def groups(self, columns: int) -> int:
+        """Groups a row of that many columns has."""
+        return 1 if self.group_size == -1 else -(-columns // self.group_size)
+
+    def natural(self, columns: int, device: torch.device | str = "cpu") -> Tensor:
+        """int32 [columns]: the group of every column where groups are runs of columns."""
+        size = columns if self.group_size == -1 else self.group_size
+        return (torch.arange(columns, device=device) // size).to(torch.int32)
+
+
+def ratios(grid: Grid) -> Tensor:
+    """float32 [RATIOS], falling: the parts of the range that are tried. The first covers both ends without clipping."""
+    middle = 2 ** (grid.bits - 1)
+    most = middle / (middle - 1) if grid.symmetric else grid.top / (grid.top - 1)
+    return torch.linspace(most, SMALLEST_RATIO[grid.bits], RATIOS, dtype=torch.float64).float()
+
+
+def search_scales(
+    weight: Tensor, grid: Grid, importance: Tensor | None = None, group: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(scales float16 [rows, groups], zeros uint8 [rows, groups]) with the least Σ importance·(w − ŵ)² found.
+
+    weight: float32 [rows, columns], finite. importance: float32 [columns], not negative: the diagonal of the Hessian; a
+    group without any counts every column alike. group: int32 [columns], the group of each column, natural by default.
+    No scale is 0; a group of zeros has scale 1.
+    """
+    rows, columns = weight.shape
+    group = grid.natural(columns, weight.device) if group is None else group
+    order = group.long().argsort(stable=True)
+    edges = torch.cat([order.new_zeros(1), group.long().bincount(minlength=grid.groups(columns)).cumsum(0)])
+    weight = weight.contiguous() if bool((order[1:] > order[:-1]).all()) else weight[:, order]
+    weighing = _normalized(importance, group)[order]
+    tried, shifts = ratios(grid), torch.tensor(SHIFTS)
+    scales = torch.empty((rows, edges.numel() - 1), device=weight.device)
+    zeros = torch.empty_like(scales)
+    if weight.device.type == "cpu":
+        read = arrays(weight, weighing, edges)
+        options = (grid.symmetric, np.float32(grid.top), *arrays(tried, shifts), POLISH)
+        over_rows(rows, search, *read, *options, *arrays(scales, zeros))
+    else:
+        search_torch(weight, weighing, edges, grid.symmetric, grid.top, tried, shifts, POLISH, scales, zeros)
+    return scales.half(), zeros.to(torch.uint8)
+
+
+def _normalized(importance: Tensor | None, group: Tensor) -> Tensor:
+    """float32 [columns], the largest of each group 1: sums of squares stay within float32."""
+    if importance is None:
+        return torch.ones(group.shape, device=group.device)
+    most = importance.new_zeros(int(group.max()) + 1).scatter_reduce(0, group.long(), importance, "amax")[group.long()]
+    return torch.where(most > 0, importance / most, torch.ones_like(importance))
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [rows, columns], each the nearest, halves to even.
+
+    weight: float32 [rows, columns]. scales: float16 or float32 [rows, groups]. zeros: uint8 [rows, groups]. group:
+    int32 [columns].
+    """
+    return round_all(weight, uniform(bits, scales, zeros, group))
+
+
+def coded(grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor) -> Coded:
+    """The result type, on the CPU: codes uint8 [rows, columns], scales float16, zeros uint8 [rows, groups], group."""
+    return Coded(grid.bits, *(part.cpu().numpy() for part in (codes, scales, zeros, group)))
+
+
+def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Coded:
+    """Round to nearest: every weight for itself, on scales from `search_scales`. weight: float32 [rows, columns]."""
+    scales, zeros = search_scales(weight, grid, importance)
+    group = grid.natural(weight.shape[1], weight.device)
+    return coded(grid, round_to_grid(weight, scales, zeros, group, grid.bits), scales, zeros, group)
+
+
+def projection(grid: Grid, scales: Tensor, zeros: Tensor, group: Tensor, keep: Tensor | None = None) -> Projection:
+    """The grid's points for the column solver."""
+    return uniform(grid.bits, scales, zeros, group, keep)

@@ -1,0 +1,69 @@
+"""Linears with one input, solved together: one factor for all of them, each aimed at what it should give.
+
+The input x of a linear in the quantized model is not the x̃ that it was trained on: everything before it is quantized,
+too. So it is not W that is rounded but W + α·D, where D is the least-squares step that makes W·x into W·x̃ on the
+calibration text (with a ridge). α is chosen on rows that D was not computed from, and at most STRENGTH: taken all the
+way, the corrections of one layer after the other feed on each other, and the model comes apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from quantkit.solvers.gptq import Report, Settings, Solved, factor_for, shift_target, solve
+from quantkit.solvers.grids import rtn
+
+Effort = Literal["low", "default", "high"]
+
+# Fewer tokens than this say too little of a weight's use: it is rounded to nearest (an expert that few tokens chose).
+FEWEST_TOKENS = 128
+STRENGTH = 0.5
+RIDGE = 0.05  # of the mean diagonal
+
+
+def settings_for(settings: Settings, effort: Effort) -> Settings:
+    """What an effort stands for, beside following the full-precision model (all but "low")."""
+    if effort == "high":
+        return replace(settings, passes=2, refits=1)
+    return settings
+
+
+class Statistics(Protocol):
+    """calibration.stream.Statistics, as far as it is needed here."""
+
+    hessian: Tensor
+    cross: dict[str, Tensor]
+    tokens: int
+    probe: Callable[[str, Tensor], tuple[float, float]]
+    complete: Callable[[], None]
+
+
+def solve_group(
+    weights: Mapping[str, Tensor], found: Statistics, settings: Settings, effort: Effort
+) -> Iterator[tuple[str, Solved]]:
+    """(name, Solved) of each of the weights float32 [out, in], which share their inputs and what was found of them.
+    Without a cross a linear is aimed at its own weight."""
+    settings = settings_for(settings, effort)
+    targets: dict[str, Tensor] = {}
+    for name in list(found.cross):
+        weight = weights[name]
+        step = shift_target(weight, found.hessian, found.cross.pop(name), 1.0, RIDGE).sub_(weight)
+        part = strength(*found.probe(name, step))
+        targets[name] = step.mul_(part).add_(weight)
+    found.complete()
+    if found.tokens < FEWEST_TOKENS:
+        for name, weight in weights.items():
+            yield name, Solved(rtn(weight, settings.grid), Report(None, None, 0.0, True, False, 0))
+        return
+    factor = factor_for(found.hessian, settings)
+    for name, weight in weights.items():
+        yield name, solve(weight, found.hessian, settings, target=targets.pop(name, None), factor=factor)
+
+
+def strength(gain: float, energy: float) -> float:
+    """How far to go along a step, from what `probe` says of it: the best on rows it does not know, within bounds."""
+    return min(max(gain / energy, 0.0), STRENGTH) if energy > 0 else 0.0
