@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check benchmark benchmark-convert clean
+.PHONY: demo test test-slow interop check benchmark benchmark-convert clean
 
 demo: .venv/ready
 	$(BIN)/python scripts/demo.py
@@ -17,6 +17,15 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python scripts/demo.py --model-only
 	$(BIN)/python -m pytest -m slow
+
+# Real loaders of GPTQ folders, each in an environment of its own under .interop (about 5 GB), read what we write.
+interop: .venv/ready .interop/gptqmodel/ready .interop/autogptq/ready .interop/llmcompressor/ready
+	$(BIN)/python -m pytest -m interop tests/interop
+
+.interop/%/ready: tests/interop/requirements/%.txt
+	$(PYTHON) -m venv .interop/$*
+	.interop/$*/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
 
 check: .venv/ready
 	scripts/check
@@ -33,4 +42,4 @@ benchmark-convert: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .demo
+	rm -rf .venv .demo .interop

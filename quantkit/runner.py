@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -362,7 +362,7 @@ def _publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) 
         elif file.role in (INDEX, GENERATED):
             write_file(out / file.name, contents[file.name])
     digests |= {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    manifest = finish_manifest(plan.draft, Measured(measured.reports, digests, measured.sources), plan.files)
+    manifest = finish_manifest(plan.draft, replace(measured, outputs=digests), plan.files)
     write_file(out / "quantkit.json", manifest_text(manifest, sizes[MANIFEST]))
     card = render_from_manifest(manifest, plan.config).encode()
     if len(card) != sizes[CARD]:

@@ -1,12 +1,12 @@
-"""Text to ids, a long document no further than its ids are wanted, and piece by piece: an encoding takes a hundred times
+"""Text to ids: a long document no further than its ids are wanted, and in pieces, for an encoding takes a hundred times
 the room of its text.
 
-What a tokenizer makes of a place depends on what stands around it, but not from afar: the pattern that cuts a text into
-words looks to the ends of a run (of blanks, letters, digits), the merges within a word a few tokens on, a Unicode form
-to the next letter. So ids count as settled that end MARGIN characters before the end of a piece, if at least three words
-follow. The next piece begins MARGIN characters before the first id that is not settled; it must have an id begin at
-that very place, and before it the same AGREED ids once more. Where one of these fails (a run of digits without end),
-the document is read again in larger pieces. The tests compare with ids of whole texts.
+What a tokenizer makes of a place depends on what stands around it, but not from afar: the pattern that cuts a text
+into words looks to the ends of a run (of blanks, letters, digits), the merges within a word a few tokens on, a Unicode
+form to the next letter. So ids count as settled that end MARGIN characters before the end of a piece, if at least
+three words follow. The next piece begins MARGIN characters before the first id that is not settled; an id must begin
+at that very place again, and before it must be the same AGREED ids. Where one of these fails (a run of digits without
+end), the document is read again in larger pieces. The tests compare with ids of whole texts.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class FastTokenizer(TextTokenizer):
             if have >= wanted or not ahead:
                 return np.concatenate(parts)
             agreed = parts[-1][-AGREED:]
-            place = encoding.token_to_chars(last)[0]
+            place, _ = encoding.token_to_chars(last) or (0, 0)  # it has a place, or _settled would not give it
             begin = max(place - MARGIN, 0)
             text, start = text[begin:] + ahead, place - begin
 

@@ -1,68 +1,101 @@
 """Codes of 2, 3, 4 or 8 bits as one stream of bits in 32-bit words, least significant first.
 
 Code k takes bits [b·k, b·k + b) of the stream, and word w holds its bits [32·w, 32·w + 32). For 3 bits, a code may lie
-in two words: the tenth and the twenty-first of every 32.
+in two words: the eleventh and the twenty-second of every 32. 32 codes always end where a word ends.
+
+One thread each, without the interpreter's lock: who has several weights to pack shares them out.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 Words = npt.NDArray[np.int32]
 Codes = npt.NDArray[np.uint8]
 
 
-def pack_rows(codes: Codes, bits: int) -> Words:
-    """uint8 [n, m] → int32 [n · bits / 32, m]: each column's codes are a stream. 32 must divide n · bits."""
+# Both go through 32 codes of every stream before the next 32: where streams are columns, neighbours in memory are
+# then read and written together.
+@njit(nogil=True, cache=True)
+def _pack(codes, bits, words):  # type: ignore[no-untyped-def]
+    """codes uint8 [streams, n] → words uint32 [streams, n · bits / 32]. Returns all codes or-ed together."""
+    seen = np.uint8(0)
+    for start in range(0, codes.shape[1], 32):
+        stop = min(start + 32, codes.shape[1])
+        for s in range(codes.shape[0]):
+            held, filled, w = np.uint64(0), 0, start // 32 * bits
+            for k in range(start, stop):
+                code = codes[s, k]
+                seen |= code
+                held |= np.uint64(code) << np.uint64(filled)
+                filled += bits
+                if filled >= 32:
+                    words[s, w] = np.uint32(held)
+                    held >>= np.uint64(32)
+                    filled -= 32
+                    w += 1
+    return seen
+
+
+@njit(nogil=True, cache=True)
+def _unpack(words, bits, codes):  # type: ignore[no-untyped-def]
+    """The inverse: words uint32 [streams, n · bits / 32] → codes uint8 [streams, n]."""
+    mask = np.uint64((1 << bits) - 1)
+    for start in range(0, codes.shape[1], 32):
+        stop = min(start + 32, codes.shape[1])
+        for s in range(codes.shape[0]):
+            held, filled, w = np.uint64(0), 0, start // 32 * bits
+            for k in range(start, stop):
+                if filled < bits:
+                    held |= np.uint64(words[s, w]) << np.uint64(filled)
+                    filled += 32
+                    w += 1
+                codes[s, k] = np.uint8(held & mask)
+                held >>= np.uint64(bits)
+                filled -= bits
+
+
+def pack_rows(codes: Codes, bits: int, out: Words | None = None) -> Words:
+    """uint8 [n, m] → int32 [n · bits / 32, m]: each column's codes are a stream. 32 must divide n · bits.
+
+    Written to `out` where one is given. ValueError for a code of more than `bits` bits.
+    """
     n, m = codes.shape
     if n * bits % 32:
-        raise ValueError(f"{n} codes of {bits} bits do not fill words")
-    words = np.zeros((n * bits // 32, m), np.uint32)
-    for k, word, shift, rest in _places(bits):
-        part = codes[k :: 32 // _gcd(bits)].astype(np.uint32)
-        words[word :: bits // _gcd(bits)] |= part << np.uint32(shift)
-        if rest:
-            words[word + 1 :: bits // _gcd(bits)] |= part >> np.uint32(rest)
-    return words.view(np.int32)
+        raise ValueError(f"{n} codes of {bits} bits do not fill words of 32 bits")
+    words = np.empty((n * bits // 32, m), np.int32) if out is None else out
+    if int(_pack(codes.T, bits, words.view(np.uint32).T)) >> bits:
+        raise ValueError(f"a code is larger than {bits} bits can hold")
+    return words
 
 
 def unpack_rows(words: Words, bits: int) -> Codes:
     """int32 [n · bits / 32, m] → uint8 [n, m]."""
-    w, m = words.shape
-    if w * 32 % bits:
-        raise ValueError(f"{w} words do not hold whole codes of {bits} bits")
-    raw = np.ascontiguousarray(words).view(np.uint32)
-    codes = np.empty((w * 32 // bits, m), np.uint8)
-    mask = np.uint32(2**bits - 1)
-    for k, word, shift, rest in _places(bits):
-        value = raw[word :: bits // _gcd(bits)] >> np.uint32(shift)
-        if rest:
-            value = value | (raw[word + 1 :: bits // _gcd(bits)] << np.uint32(rest))
-        codes[k :: 32 // _gcd(bits)] = value & mask
-    return codes
+    return np.ascontiguousarray(_unpacked(words.T, bits).T)
 
 
-def pack_columns(codes: Codes, bits: int) -> Words:
-    """uint8 [m, n] → int32 [m, n · bits / 32]: each row's codes are a stream."""
-    return np.ascontiguousarray(pack_rows(np.ascontiguousarray(codes.T), bits).T)
+def pack_columns(codes: Codes, bits: int, out: Words | None = None) -> Words:
+    """uint8 [m, n] → int32 [m, n · bits / 32]: each row's codes are a stream. 32 must divide n · bits.
+
+    Written to `out` where one is given. ValueError for a code of more than `bits` bits.
+    """
+    words = np.empty((codes.shape[0], codes.shape[1] * bits // 32), np.int32) if out is None else out
+    pack_rows(codes.T, bits, words.T)
+    return words
 
 
 def unpack_columns(words: Words, bits: int) -> Codes:
     """int32 [m, n · bits / 32] → uint8 [m, n]."""
-    return np.ascontiguousarray(unpack_rows(np.ascontiguousarray(words.T), bits).T)
+    return _unpacked(words, bits)
 
 
-def _gcd(bits: int) -> int:
-    """The stream repeats after 32 / gcd codes and bits / gcd words."""
-    return int(np.gcd(bits, 32))
-
-
-def _places(bits: int) -> Any:
-    """(code, word, shift, rest) of each code in a period: `rest` of its bits lie in `word`, the others in the next one;
-    0 if all are in one word."""
-    for k in range(32 // _gcd(bits)):
-        word, shift = divmod(bits * k, 32)
-        yield k, word, shift, 32 - shift if shift + bits > 32 else 0
+def _unpacked(words: Words, bits: int) -> Codes:
+    """Rows are streams: int32 [streams, n · bits / 32] → uint8 [streams, n]."""
+    streams, w = words.shape
+    if w * 32 % bits:
+        raise ValueError(f"{w} words of 32 bits do not hold whole codes of {bits} bits")
+    codes = np.empty((streams, w * 32 // bits), np.uint8)
+    _unpack(words.view(np.uint32), bits, codes)
+    return codes

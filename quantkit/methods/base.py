@@ -128,7 +128,8 @@ class Method(Generic[P]):
     resolve: the parameters with nothing left open, for these weights. refuses: why a weight must stay dense, or None.
     extra_files: written beside config.json, from its quantization_config. reader_notes: what readers cannot be told.
     Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from weights float32
-    [out, in] that share their inputs and the statistics of these; pack, a solved weight as the outputs.
+    [out, in] that share their inputs and the statistics of these. Of methods whose weights are codes: pack, these as
+    the outputs; unpack, the inverse, which raises ValueError where outputs contradict each other.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Method(Generic[P]):
     streams: Callable[[P], tuple[str, ...]] = lambda _params: ()
     solve: Callable[[Mapping[str, Any], Any, P], Iterator[tuple[str, Any]]] | None = None
     pack: Callable[[Coded, WeightSpec, P], dict[str, Array]] | None = None
+    unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
 
 
 def apply(method: Method[P], weight: Array, spec: WeightSpec, params: P) -> tuple[dict[str, Array], Report]:

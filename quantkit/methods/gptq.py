@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,12 +12,13 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from quantkit.checkpoint.header import TensorSpec
-from quantkit.methods import gptq_format, pack_quantized
+from quantkit.methods import gptq_config, gptq_format, pack_quantized
 from quantkit.methods.base import Array, Description, Method, Report, Selection, WeightSpec
-from quantkit.methods.gptq_format import Grouped
+from quantkit.methods.gptq_format import WORD, Grouped, empty, size_of
 from quantkit.solvers.coded import Coded
 
 BITS = (2, 3, 4, 8)
+CHUNK = 1 << 20
 
 
 class Rtn(Grouped):
@@ -51,12 +53,25 @@ def _outputs(bits: int, spec: WeightSpec, params: Grouped) -> tuple[TensorSpec, 
 
 
 def _pack(bits: int, coded: Coded, spec: WeightSpec, params: Grouped) -> dict[str, Array]:
-    found: dict[str, Array] = _layout(params).pack(bits, coded, spec, params)
+    tensors = empty(_outputs(bits, spec, params))
+    _layout(params).place(bits, coded, 0, spec, params, tensors)
+    return tensors
+
+
+def _unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Grouped) -> Coded:
+    found: Coded = _layout(params).unpack(bits, tensors, spec, params)
     return found
 
 
+def _chunks(spec: WeightSpec) -> list[slice]:
+    """Runs of rows that are worked on at a time: a multiple of 32, with some CHUNK weights."""
+    size = max(1, CHUNK // (WORD * spec.columns)) * WORD
+    return [slice(start, min(start + size, spec.rows)) for start in range(0, spec.rows, size)]
+
+
 class _Rounder:
-    """Encodes a weight that comes whole, in one slab: in the packed tensor, its rows are columns."""
+    """Encodes a weight that comes whole, in one slab: in the packed tensor, its rows are columns. Beside the slab it
+    holds the packed tensors, and some rows in float32."""
 
     def __init__(self, bits: int, spec: WeightSpec, params: Grouped, device: str) -> None:
         self.bits, self.spec, self.params, self.device = bits, spec, params, device
@@ -72,20 +87,22 @@ class _Rounder:
         from quantkit.kernels.floats import to_float32
         from quantkit.solvers.grids import Grid, rtn
 
-        weight = to_float32(x.reshape(-1), self.spec.dtype).reshape(self.spec.rows, self.spec.columns)
-        grid = Grid(self.bits, self.params.group_size or -1, self.params.sym)
-        coded = rtn(torch.from_numpy(weight).to(self.device), grid)
-        error = norm = 0.0
-        for a in range(0, self.spec.rows, 256):  # some rows at a time: the weight is not there three times
-            part = Coded(self.bits, coded.codes[a : a + 256], coded.scales[a : a + 256], coded.zeros[a : a + 256],
-                         coded.g_idx)  # fmt: skip
-            rows = weight[a : a + 256].reshape(-1)
-            difference = rows - part.restore().reshape(-1)
+        bits, spec, params = self.bits, self.spec, self.params
+        grid = Grid(bits, size_of(params, spec.columns), params.sym)
+        main, *_ = specs = _outputs(bits, spec, params)
+        tensors, error, norm = empty(specs), 0.0, 0.0
+        x = x.reshape(spec.rows, spec.columns)
+        for rows in _chunks(spec):
+            weight = to_float32(x[rows].reshape(-1), spec.dtype).reshape(-1, spec.columns)
+            coded = rtn(torch.from_numpy(weight).to(self.device), grid)
+            _layout(params).place(bits, coded, rows.start, spec, params, tensors)
+            difference = (weight - coded.restore()).reshape(-1)
             error += float(np.vdot(difference, difference))
-            norm += float(np.vdot(rows, rows))
+            norm += float(np.vdot(weight, weight))
         self.report = Report(error, norm)
-        self.companions = _pack(self.bits, coded, self.spec, self.params)
-        return self.companions.pop(_outputs(self.bits, self.spec, self.params)[0].name)
+        packed = tensors.pop(main.name)
+        self.companions = tensors
+        return packed
 
     def finish(self) -> tuple[dict[str, Array], Report]:
         return self.companions, self.report
@@ -100,14 +117,19 @@ class _Restorer:
     def decode(self, raw: npt.NDArray[np.uint8], start: int, count: int) -> npt.NDArray[np.float32]:
         main = _outputs(self.bits, self.spec, self.params)[0]
         tensors = {**self.companions, main.name: raw.view(np.int32).reshape(main.shape)}
-        coded: Coded = _layout(self.params).unpack(self.bits, tensors, self.spec, self.params)
-        return coded.restore().reshape(-1)
+        coded = _unpack(self.bits, tensors, self.spec, self.params)
+        values = np.empty(coded.codes.shape, np.float32)
+        for rows in _chunks(self.spec):  # what Coded.restore holds beside its result is several times as large
+            values[rows] = replace(
+                coded, codes=coded.codes[rows], scales=coded.scales[rows], zeros=coded.zeros[rows]
+            ).restore()
+        return values.reshape(-1)
 
 
 def _config(bits: int, params: Grouped, dtype: str, selection: Selection) -> dict[str, Any]:
     if params.format != "gptq":
         return pack_quantized.config(bits, params, selection)
-    return gptq_format.config(bits, params, selection, getattr(params, "damp", None))
+    return gptq_config.config(bits, params, selection, params.damp if isinstance(params, Gptq) else None)
 
 
 def _describe(name: str, bits: int, params: Grouped) -> Description:
@@ -134,10 +156,6 @@ def _named(params: Grouped) -> str:
     return "GPTQ, version 1" if params.checkpoint_format == "gptq" else "GPTQ, version 2"
 
 
-def _resolve(params: Grouped, specs: Sequence[WeightSpec]) -> Grouped:
-    return gptq_format.resolve_group(params, [spec.columns for spec in specs])
-
-
 def _solve(bits: int, weights: Mapping[str, Any], found: Any, params: Gptq) -> Iterator[tuple[str, Any]]:
     from quantkit.solvers.gptq import Settings
     from quantkit.solvers.grids import Grid
@@ -162,13 +180,14 @@ def _method(name: str, bits: int) -> Method[Any]:
         config=partial(_config, bits),
         describe=partial(_describe, name, bits),
         devices=("cpu", "cuda") if calibrated else ("cpu",),
-        resolve=_resolve,
+        resolve=gptq_format.resolve,
         refuses=gptq_format.refuses,
-        extra_files=gptq_format.extra_files,
-        reader_notes=gptq_format.reader_notes,
+        extra_files=gptq_config.extra_files,
+        reader_notes=partial(gptq_config.reader_notes, bits),
         streams=_streams if calibrated else lambda _: (),
         solve=partial(_solve, bits) if calibrated else None,
         pack=partial(_pack, bits),
+        unpack=partial(_unpack, bits),
     )
 
 

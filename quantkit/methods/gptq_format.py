@@ -1,4 +1,4 @@
-"""GPTQ's checkpoint format: a coded weight as qweight, qzeros, scales and g_idx, and its configuration.
+"""GPTQ's checkpoint format: a coded weight as qweight, qzeros, scales and g_idx.
 
     qweight int32 [in · bits / 32, out]     codes, a stream along the inputs of each output
     qzeros  int32 [groups, out · bits / 32] zero points, a stream along the outputs; stored less one in version 1
@@ -10,22 +10,19 @@ Source: AutoGPTQ 0.7.1 and GPTQModel 7.7, whose readers take this; docs/formats.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from quantkit.checkpoint.header import TensorSpec
-from quantkit.kernels.bitstream import pack_columns, pack_rows, unpack_columns, unpack_rows
-from quantkit.methods.base import Array, Parameters, Selection, WeightSpec
+from quantkit.methods.base import Array, Parameters, WeightSpec
 from quantkit.solvers.coded import Coded
-from quantkit.version import __version__
 
 WORD = 32  # readers take widths and heights in whole words
 GROUPS = (128, 64, 32)
+NUMPY = {"I32": np.int32, "I64": np.int64, "F16": np.float16}
 
 
 class Grouped(Parameters):
@@ -53,12 +50,13 @@ def size_of(params: Grouped, columns: int) -> int:
     return columns if params.group_size in (-1, None) else int(params.group_size or 0)
 
 
-def resolve_group(params: Grouped, widths: list[int]) -> Grouped:
-    """The group size that is not named: the largest that divides every width that can be packed at all."""
+def resolve(params: Grouped, specs: Sequence[WeightSpec]) -> Grouped:
+    """The group size that is not named: the largest that divides every width that can be packed at all. 32 does, so no
+    weight is left dense for its group."""
     if params.group_size is not None:
         return params
-    widths = [w for w in widths if w % WORD == 0]
-    chosen = next((g for g in GROUPS if all(w % g == 0 for w in widths)), GROUPS[-1])
+    widths = {spec.columns for spec in specs if refuses(spec, params) is None}
+    chosen = next(g for g in GROUPS if all(w % g == 0 for w in widths))
     return params.model_copy(update={"group_size": chosen})
 
 
@@ -70,6 +68,8 @@ def refuses(spec: WeightSpec, params: Grouped) -> str | None:
         return f"has {spec.rows} outputs, which 32 does not divide"
     if params.group_size not in (-1, None) and spec.columns % int(params.group_size or 1):
         return f"has {spec.columns} inputs, which the group size {params.group_size} does not divide"
+    if params.format == "gptq" and not any(part.isdigit() for part in spec.module.split(".")):
+        return "lies outside the decoder layers, where readers of the gptq format take every layer for a dense one"
     return None
 
 
@@ -83,94 +83,65 @@ def outputs(bits: int, spec: WeightSpec, params: Grouped) -> tuple[TensorSpec, .
     )
 
 
-def pack(bits: int, coded: Coded, spec: WeightSpec, params: Grouped) -> dict[str, Array]:
-    """The tensors of `outputs`."""
+def empty(specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """Tensors by name, for `place` to fill."""
+    return {spec.name: np.empty(spec.shape, NUMPY[spec.dtype]) for spec in specs}
+
+
+def place(bits: int, coded: Coded, first: int, spec: WeightSpec, params: Grouped, tensors: Mapping[str, Array]) -> None:
+    """Writes rows of the weight from row `first` on, a multiple of 32 of them, into the tensors of `outputs`."""
+    from quantkit.kernels.bitstream import pack_columns, pack_rows  # Numba: not before it is needed
+
+    check(coded, params)
     zeros = coded.zeros.T
     if params.checkpoint_format == "gptq":
         if not zeros.all():
             raise ValueError("version 1 of the format cannot say a zero point of 0")
         zeros = zeros - np.uint8(1)
-    return {
-        f"{spec.module}.qweight": pack_rows(np.ascontiguousarray(coded.codes.T), bits),
-        f"{spec.module}.qzeros": pack_columns(np.ascontiguousarray(zeros), bits),
-        f"{spec.module}.scales": np.ascontiguousarray(coded.scales.T),
-        f"{spec.module}.g_idx": coded.g_idx.astype(np.int32),
-    }
+    stop = first + len(coded.codes)
+    pack_rows(coded.codes.T, bits, tensors[f"{spec.module}.qweight"][:, first:stop])
+    pack_columns(zeros, bits, tensors[f"{spec.module}.qzeros"][:, first * bits // WORD : stop * bits // WORD])
+    tensors[f"{spec.module}.scales"][:, first:stop] = coded.scales.T
+    tensors[f"{spec.module}.g_idx"][:] = coded.g_idx
 
 
 def unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Grouped) -> Coded:
-    """The inverse of `pack`. ValueError for tensors that contradict each other or the parameters."""
-    qweight, qzeros, scales, g_idx = (tensors[s.name] for s in outputs(bits, spec, params))
-    groups = scales.shape[0]
-    if g_idx.min() < 0 or g_idx.max() >= groups:
-        raise ValueError(f"g_idx names a group beyond the {groups} there are")
-    if not params.acting and not np.array_equal(g_idx, np.arange(spec.columns) // size_of(params, spec.columns)):
-        raise ValueError("g_idx is not the natural order of groups")
-    if not np.isfinite(scales).all():
-        raise ValueError("a scale is not finite")
+    """A weight's codes from the tensors of `outputs`. ValueError where these contradict each other, or parameters."""
+    from quantkit.kernels.bitstream import unpack_columns, unpack_rows
+
+    qweight, qzeros, scales, g_idx = shaped(tensors, outputs(bits, spec, params))
     zeros = unpack_columns(qzeros, bits)
     if params.checkpoint_format == "gptq":
-        zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
-    if params.sym and (zeros != 2 ** (bits - 1)).any():
+        zeros += np.uint8(1)
+        if (zeros > 2**bits - 1).any() or not zeros.all():  # 256 is 0 in 8 bits
+            raise ValueError("a zero point is 0, which readers of version 1 of the format take for different numbers")
+    codes, scales, zeros = (np.ascontiguousarray(x.T) for x in (unpack_rows(qweight, bits), scales, zeros))
+    coded = Coded(bits, codes, scales, zeros, g_idx)
+    check(coded, params)
+    return coded
+
+
+def shaped(tensors: Mapping[str, Array], specs: Sequence[TensorSpec]) -> list[Array]:
+    """The tensors in the order of `specs`. ValueError for one of another dtype or shape."""
+    found = [tensors[spec.name] for spec in specs]
+    for array, spec in zip(found, specs, strict=True):
+        if array.shape != spec.shape or array.dtype != NUMPY[spec.dtype]:
+            is_ = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{spec.name} is {is_}, the weight makes it {spec.dtype} {list(spec.shape)}")
+    return found
+
+
+def check(coded: Coded, params: Grouped) -> None:
+    """ValueError for what the parameters rule out: a reader would believe them and restore another weight."""
+    columns, groups = coded.codes.shape[1], coded.scales.shape[1]
+    size = size_of(params, columns)
+    if coded.g_idx.min() < 0 or coded.g_idx.max() >= groups:
+        raise ValueError(f"g_idx names a group beyond the {groups} there are")
+    if (np.bincount(coded.g_idx, minlength=groups) != size).any():
+        raise ValueError(f"g_idx has a group that is not of {size} inputs")
+    if not params.acting and not np.array_equal(coded.g_idx, np.arange(columns) // size):
+        raise ValueError("g_idx is not the natural order of groups")
+    if not np.isfinite(coded.scales).all():
+        raise ValueError("a scale is not finite")
+    if params.sym and (coded.zeros != 2 ** (coded.bits - 1)).any():
         raise ValueError("a zero point is not the middle, though the format is symmetric")
-    return Coded(
-        bits,
-        np.ascontiguousarray(unpack_rows(qweight, bits).T),
-        np.ascontiguousarray(scales.T),
-        np.ascontiguousarray(zeros.T),
-        g_idx,
-    )
-
-
-def config(bits: int, params: Grouped, selection: Selection, damp: float | None) -> dict[str, Any]:
-    """quantization_config, as every reader takes it: see docs/formats.md for who reads what."""
-    table: dict[str, Any] = {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": params.group_size,
-        "desc_act": params.acting,
-        "sym": params.sym,
-        "lm_head": False,
-        "checkpoint_format": params.checkpoint_format,
-        "pack_dtype": "int32",
-        "true_sequential": True,
-        "static_groups": False,
-    }
-    if damp is not None:
-        table["damp_percent"] = damp
-    table["meta"] = {"quantizer": [f"quantkit:{__version__}"]}
-    if selection.skipped:
-        # GPTQModel learns of dense linears from the first, transformers from the second.
-        table["dynamic"] = {rf"-:^{re.escape(module)}$": {} for module in selection.skipped}
-        table["modules_in_block_to_quantize"] = [[kind] for kind in kinds(selection.encoded)]
-    return table
-
-
-def kinds(modules: tuple[str, ...]) -> list[str]:
-    """What modules are called within their block: below the last number, or the last but one of an expert."""
-    return list(dict.fromkeys(_within(module) for module in modules))
-
-
-def _within(module: str) -> str:
-    parts = module.split(".")
-    block = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[block + 1 :])
-
-
-def reader_notes(selection: Selection, params: Grouped) -> tuple[str, ...]:
-    """What some reader cannot be told by a configuration."""
-    notes = []
-    mixed = sorted(set(kinds(selection.encoded)) & set(kinds(selection.skipped)))
-    if mixed and params.format == "gptq":
-        notes.append(
-            f"{mixed[0]} is dense in some layers and quantized in others: gptqmodel and vLLM read that, transformers "
-            "cannot be told"
-        )
-    return tuple(notes)
-
-
-def extra_files(block: Mapping[str, Any]) -> dict[str, bytes]:
-    """Older readers look for the configuration in a file of its own."""
-    if block.get("quant_method") != "gptq":
-        return {}
-    return {"quantize_config.json": (json.dumps(block, indent=2) + "\n").encode()}

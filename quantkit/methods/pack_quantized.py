@@ -2,10 +2,15 @@
 
     weight_packed      int32 [out, in · bits / 32]      codes, a stream along the inputs of each output
     weight_scale       fp16  [out, groups]
-    weight_zero_point  int32 [out · bits / 32, groups]  only if asymmetric; a stream along the outputs
     weight_shape       int64 [2]                        out, in
+    weight_zero_point  int32 [out · bits / 32, groups]  only if asymmetric; a stream along the outputs
 
 Codes are stored as they are here; their readers take them for signed numbers with 2^(bits − 1) added, zero points too.
+
+Scales are fp16 whatever the model's dtype. transformers 5.17 with compressed-tensors 0.19 casts them to the dtype that
+the model is loaded in, and vLLM to the one it serves in, as it does with GPTQ's: in fp16 and fp32 a weight is restored
+as it is here, in bf16 from a scale rounded to 8 bits. bf16 on disk would round it for all of them.
+
 Source: compressed-tensors 0.19 and 0.20.
 """
 
@@ -17,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from quantkit.checkpoint.header import TensorSpec
-from quantkit.kernels.bitstream import pack_columns, pack_rows, unpack_columns, unpack_rows
 from quantkit.methods.base import Array, Selection, WeightSpec
-from quantkit.methods.gptq_format import WORD, Grouped, size_of
+from quantkit.methods.gptq_format import WORD, Grouped, check, shaped, size_of
 from quantkit.solvers.coded import Coded
 
 VERSION = "0.19.0"  # of the format that is written
@@ -31,35 +35,37 @@ def outputs(bits: int, spec: WeightSpec, params: Grouped) -> tuple[TensorSpec, .
     return (
         TensorSpec(f"{spec.module}.weight_packed", "I32", (spec.rows, spec.columns * bits // WORD)),
         TensorSpec(f"{spec.module}.weight_scale", "F16", (spec.rows, groups)),
-        *(() if params.sym else (zeros,)),
         TensorSpec(f"{spec.module}.weight_shape", "I64", (2,)),
+        *(() if params.sym else (zeros,)),
     )
 
 
-def pack(bits: int, coded: Coded, spec: WeightSpec, params: Grouped) -> dict[str, Array]:
-    """The tensors of `outputs`."""
-    zeros = {} if params.sym else {f"{spec.module}.weight_zero_point": pack_rows(coded.zeros, bits)}
-    return {
-        f"{spec.module}.weight_packed": pack_columns(coded.codes, bits),
-        f"{spec.module}.weight_scale": coded.scales,
-        **zeros,
-        f"{spec.module}.weight_shape": np.array([spec.rows, spec.columns], np.int64),
-    }
+def place(bits: int, coded: Coded, first: int, spec: WeightSpec, params: Grouped, tensors: Mapping[str, Array]) -> None:
+    """Writes rows of the weight from row `first` on, a multiple of 32 of them, into the tensors of `outputs`."""
+    from quantkit.kernels.bitstream import pack_columns, pack_rows  # Numba: not before it is needed
+
+    check(coded, params)
+    stop = first + len(coded.codes)
+    pack_columns(coded.codes, bits, tensors[f"{spec.module}.weight_packed"][first:stop])
+    tensors[f"{spec.module}.weight_scale"][first:stop] = coded.scales
+    tensors[f"{spec.module}.weight_shape"][:] = spec.rows, spec.columns
+    if not params.sym:
+        words = tensors[f"{spec.module}.weight_zero_point"][first * bits // WORD : stop * bits // WORD]
+        pack_rows(coded.zeros, bits, words)
 
 
 def unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Grouped) -> Coded:
-    """The inverse of `pack`. ValueError for tensors that contradict each other."""
-    scales = tensors[f"{spec.module}.weight_scale"]
-    if tensors[f"{spec.module}.weight_shape"].tolist() != [spec.rows, spec.columns]:
-        raise ValueError("weight_shape is not the weight's")
-    if not np.isfinite(scales).all():
-        raise ValueError("a scale is not finite")
-    zeros = np.full(scales.shape, 2 ** (bits - 1), np.uint8)
-    if not params.sym:
-        zeros = unpack_rows(tensors[f"{spec.module}.weight_zero_point"], bits)
-    codes = unpack_columns(tensors[f"{spec.module}.weight_packed"], bits)
+    """A weight's codes from the tensors of `outputs`. ValueError where these contradict each other, or parameters."""
+    from quantkit.kernels.bitstream import unpack_columns, unpack_rows
+
+    packed, scales, shape, *stored = shaped(tensors, outputs(bits, spec, params))
+    if shape.tolist() != [spec.rows, spec.columns]:
+        raise ValueError(f"weight_shape says {shape.tolist()}, the weight is {[spec.rows, spec.columns]}")
+    zeros = unpack_rows(stored[0], bits) if stored else np.full(scales.shape, 2 ** (bits - 1), np.uint8)
     natural = (np.arange(spec.columns) // size_of(params, spec.columns)).astype(np.int32)
-    return Coded(bits, codes, scales, zeros, natural)
+    coded = Coded(bits, unpack_columns(packed, bits), scales, zeros, natural)
+    check(coded, params)
+    return coded
 
 
 def config(bits: int, params: Grouped, selection: Selection) -> dict[str, Any]:

@@ -64,6 +64,28 @@ def substitute(upper: Tensor, right: Tensor) -> Tensor:
     return x
 
 
+def inverse_diagonal(lower: Tensor, pivots: Tensor) -> Tensor:
+    """float32 [n], the diagonal of (L·D²·Lᵀ)⁻¹ = L⁻ᵀ·D⁻²·L⁻¹, from panels of L⁻¹ that are not kept.
+
+    lower: L, float32 [n, n], unit lower triangular; pivots: D, float32 [n].
+    """
+    n = lower.shape[0]
+    weights = pivots.square().reciprocal()
+    diagonal = torch.empty_like(pivots)
+    for left in range(0, n, PANEL):
+        right = min(left + PANEL, n)
+        inverse = lower.new_zeros((n - left, right - left))  # rows left … n − 1 of columns left … right − 1 of L⁻¹
+        inverse.diagonal().fill_(1)
+        for start in range(left, n, STEP):
+            stop = min(start + STEP, n)
+            # X with L·X = B is the transpose of X' with X'·Lᵀ = B'.
+            block = substitute(lower[start:stop, start:stop].mT, inverse[start - left : stop - left].mT).mT
+            inverse[start - left : stop - left] = block
+            inverse[stop - left :].addmm_(lower[stop:, start:stop], block, alpha=-1)
+        diagonal[left:right] = inverse.square_().mul_(weights[left:, None]).sum(0)
+    return diagonal
+
+
 def solve_symmetric(lower: Tensor, pivots: Tensor, right: Tensor) -> None:
     """X with X·(L·D²·Lᵀ) = right, in place of `right`, float32 [rows, n].
 

@@ -1,0 +1,137 @@
+"""Descent and refit go down the loss, and never up."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import layer
+from torch import Tensor
+
+from quantkit.solvers import refine
+from quantkit.solvers.grids import Grid, search_scales
+from quantkit.solvers.projection import Projection, residual, round_all, uniform
+from quantkit.solvers.refine import descend, refit
+
+
+def loss(weight: Tensor, hessian: Tensor, projection: Projection, codes: Tensor) -> np.ndarray:
+    """Of every row, in float64."""
+    group = projection.group.long()
+    restored = (codes.double() - projection.zeros.double()[:, group]) * projection.scales.double()[:, group]
+    e, h = (weight.double() - restored).numpy(), hessian.double().numpy()
+    return np.einsum("ri,ij,rj->r", e, h, e)
+
+
+def rounded(weight: Tensor, grid: Grid, keep: Tensor | None = None) -> tuple[Projection, Tensor]:
+    projection = uniform(grid.bits, *search_scales(weight, grid), grid.natural(weight.shape[1]), keep)
+    return projection, round_all(weight, projection)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 50), (8, -1)])
+def test_every_step_wins(bits: int, group_size: int, symmetric: bool) -> None:
+    weight, hessian = layer(24, 300)
+    projection, codes = rounded(weight, Grid(bits, group_size, symmetric))
+    losses = [loss(weight, hessian, projection, codes)]
+    for _ in range(3):
+        projection = refit(weight, hessian, projection, codes)
+        losses.append(loss(weight, hessian, projection, codes))
+        descend(weight, hessian, projection, codes)
+        losses.append(loss(weight, hessian, projection, codes))
+    for before, after in pairwise(losses):
+        assert (after <= before * (1 + 1e-6)).all()
+    assert losses[-1].sum() < 0.6 * losses[0].sum()
+    assert torch.equal(projection.scales.half().float(), projection.scales)
+    assert (projection.scales != 0).all()
+    assert (codes <= 2**bits - 1).all()
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_never_worse(data: st.DataObject) -> None:
+    """For a single row or column, dead channels, singular and ill-conditioned Hessians, pruned weights."""
+    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    seed = data.draw(st.integers(0, 1000))
+    weight, hessian = layer(rows, width, seed, tokens=data.draw(st.sampled_from([1, 4, 100])))
+    sizes = 10 ** (
+        data.draw(st.sampled_from([0, 2])) * torch.randn(width, generator=torch.Generator().manual_seed(seed))
+    )
+    hessian = sizes[:, None] * hessian * sizes
+    for column in data.draw(st.sets(st.integers(0, width - 1), max_size=3)):
+        hessian[column] = 0
+        hessian[:, column] = 0
+    keep = torch.rand(rows, width, generator=torch.Generator().manual_seed(seed)) > 0.3
+    grid = Grid(data.draw(st.sampled_from([2, 3, 4, 8])), data.draw(st.sampled_from([-1, 4, 16])), bool(seed % 2))
+    projection, codes = rounded(weight * keep, grid, keep if seed % 3 else None)
+    before = loss(weight, hessian, projection, codes)
+    # The terms of which the loss is the sum may be far larger than it is: float32 sees it only down to here.
+    noise = 1e-12 * (residual(weight, codes, projection).abs() @ hessian.diagonal().sqrt()).double().square().numpy()
+    refitted = refit(weight, hessian, projection, codes)
+    between = loss(weight, hessian, refitted, codes)
+    assert (between <= before.clip(0) * (1 + 1e-6) + noise).all()
+    descend(weight, hessian, refitted, codes)
+    assert (loss(weight, hessian, refitted, codes) <= between.clip(0) * (1 + 1e-6) + noise).all()
+    if projection.keep is not None:
+        assert not residual(torch.zeros_like(weight), codes, refitted)[~keep].any()
+    dead = hessian.diagonal() == 0
+    nearest = residual(weight, round_all(weight, refitted), refitted)[:, dead].abs()
+    assert (residual(weight, codes, refitted)[:, dead].abs() <= nearest * 1.0001).all()
+
+
+def test_refit_of_one_group_is_the_best_scale() -> None:
+    weight, hessian = layer(10, 80)
+    projection, codes = rounded(weight, Grid(3, -1))
+    fitted = refit(weight, hessian, projection, codes)
+    d, h = (codes.double() - 4).numpy(), hessian.double().numpy()
+    best = np.einsum("ri,ij,rj->r", d, h, weight.double().numpy()) / np.einsum("ri,ij,rj->r", d, h, d)
+    np.testing.assert_allclose(fitted.scales[:, 0].numpy(), best, rtol=2**-9)
+
+
+def test_refit_is_near_the_best_of_all_groups_at_once() -> None:
+    weight, hessian = layer(8, 256)
+    projection, codes = rounded(weight, Grid(3, 32))
+    fitted = refit(weight, hessian, projection, codes)
+    d, h = (codes.double() - 4).numpy().reshape(8, 8, 32), hessian.double().numpy()
+    best = projection.scales.double().clone()
+    for row in range(8):
+        spread = np.zeros((256, 8))
+        for group in range(8):
+            spread[group * 32 : group * 32 + 32, group] = d[row, group]
+        system = spread.T @ h @ spread
+        best[row] = torch.from_numpy(np.linalg.solve(system, spread.T @ h @ weight[row].double().numpy()))
+    ideal = Projection(best, projection.zeros, projection.group, projection.top)
+    start, near, least = (loss(weight, hessian, of, codes).sum() for of in (projection, fitted, ideal))
+    assert least < near < start
+    assert start - near > 0.97 * (start - least)
+
+
+def test_descent_ends_where_no_code_can_be_better() -> None:
+    weight, hessian = layer(4, 40)
+    projection, codes = rounded(weight, Grid(3, 16))
+    for _ in range(50):
+        descend(weight, hessian, projection, codes)
+    least = loss(weight, hessian, projection, codes)
+    for column in range(40):
+        for step in (-1, 1):
+            other = codes.clone()
+            other[:, column] = (codes[:, column].int() + step).clamp(0, 7).to(torch.uint8)
+            assert (loss(weight, hessian, projection, other) >= least * (1 - 1e-4)).all()
+
+
+def test_twin_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = layer(9, 200)
+    hessian[20] = 0
+    hessian[:, 20] = 0
+    keep = torch.rand(9, 200, generator=torch.Generator().manual_seed(1)) > 0.3
+    for symmetric, mask in ((True, None), (False, keep)):
+        projection, codes = rounded(weight, Grid(3, 64, symmetric), mask)
+        twin = codes.clone()
+        descend(weight, hessian, projection, codes)
+        with monkeypatch.context() as patch:
+            patch.setattr(refine, "_block_numba", refine._block_torch)
+            descend(weight, hessian, projection, twin)
+        assert torch.equal(codes, twin)
