@@ -11,7 +11,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console
 from quantkit.errors import SourceError, UsageError, VerifyError
-from quantkit.evaluator import WINDOWS, Evaluation, evaluate_folder
+from quantkit.evaluator import WINDOWS, Evaluation, Subject, Windows, evaluate_folder
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
@@ -20,6 +20,7 @@ from quantkit.planner import make_plan
 from quantkit.plans import Plan
 from quantkit.publication import FORMAT, render_from_manifest
 from quantkit.recipe import Recipe, build_recipe
+from quantkit.restored import open_source
 from quantkit.runner import Outcome, execute
 from quantkit.verifier import Verification, verify_folder
 
@@ -116,23 +117,26 @@ def evaluate(
     text: str,
     *,
     against: str | None = None,
-    windows: int = WINDOWS,
+    windows: Windows = WINDOWS,
     length: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
     console: Console = _QUIET,
 ) -> Evaluation:
-    """Perplexity of any folder on a text file, and how far it is from `against`; see `quantkit.evaluator`."""
+    """Perplexity of a model on a text, and how far it is from the model `against`; see `quantkit.evaluator` for the
+    protocol and for what is raised. Models are folders, dense or quantized, or Hub ids. text: a .txt, .jsonl or
+    .parquet file or a Hub dataset. windows: how many are taken from its beginning, or "all"."""
     _check_device(device)
-    parent = None
+    place, origin = resolve(str(folder), None, quiet=console.quiet)
+    subject = Subject(open_checkpoint(place), origin.name)
+    source = None
     if against is not None:
-        place, _ = resolve(against, None, quiet=console.quiet)
-        parent = open_checkpoint(place)
-    place, _ = resolve(str(folder), None, quiet=console.quiet)
+        commit, layout = _recorded(place, against)
+        parent, origin = resolve(against, commit, quiet=console.quiet, prefer=layout)
+        source = Subject(open_source(place, parent), origin.name)
     return evaluate_folder(
-        open_checkpoint(place), text, against=parent, windows=windows, length=length, threads=threads, device=device,
-        console=console,
-    )  # fmt: skip
+        subject, text, against=source, windows=windows, length=length, threads=threads, device=device, console=console
+    )
 
 
 def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:

@@ -48,8 +48,15 @@ __all__ = [
 
 MAX_QUOTE = 64_000  # characters of the parent's body that are quoted; a longer one is cut at a line
 # The floors of pyproject.toml (a test compares them): nothing older was tried.
-FLOORS = {"transformers": "5.0", "torch": "2.6", "accelerate": "1.1", "bitsandbytes": "0.49",
-          "gptqmodel": "7.0", "optimum": "2.0", "compressed-tensors": "0.17"}
+FLOORS = {
+    "transformers": "5.0",
+    "torch": "2.6",
+    "accelerate": "1.1",
+    "bitsandbytes": "0.49",
+    "gptqmodel": "7.0",
+    "optimum": "2.0",
+    "compressed-tensors": "0.17",
+}
 # Tag -> the paper that describes the method.
 PAPERS = {
     "nf4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),

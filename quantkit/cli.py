@@ -251,30 +251,46 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     "--text", required=True, metavar="FILE", help="Text to predict: .txt, .jsonl, .parquet, or a Hub dataset."
 )
 @click.option("--against", metavar="SRC", help="Also compare with this model, token by token.")
-@click.option("--windows", type=int, default=12, show_default=True, help="Stretches of the text, from its beginning.")
+@click.option(
+    "--windows", metavar="N|all", default="12", show_default=True, help="Stretches of the text, from its beginning."
+)
 @click.option("--length", type=int, metavar="TOKENS", help="Of a window.  [default: 1024, or the context]")
 @click.option("--threads", type=int, help="Threads that compute.  [default: all cores]")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
 @_output_options
-def evaluate(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def evaluate(folder: str, windows: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Perplexity of any folder on a text, one layer in memory; with --against, how far it is from its source."""
     from quantkit import api
 
     console = Console(json=as_json, quiet=quiet)
-    found = api.evaluate(folder, console=console, **options)
-    spread = "" if found.error is None else f" ± {found.error:.3f}"
+    found = api.evaluate(folder, windows=_windows(windows), console=console, **options)
     rows = [
-        ("text", f"{found.text}, {found.windows} windows of {found.length:,} tokens"),
-        ("perplexity", f"{found.perplexity:.4f}{spread}"),
+        ("text", f"{found.text}, {found.windows:,} windows of {found.length:,} tokens"),
+        ("predicted", f"{found.tokens:,} tokens"),
+        ("loss", f"{found.loss:.5f}{_spread(found.loss_error, '.5f')} nats a token"),
+        ("perplexity", f"{found.perplexity:.4f}{_spread(found.perplexity_error, '.4f')}"),
     ]
     if (other := found.against) is not None:
         rows += [
             ("against", f"{other.name}, perplexity {other.perplexity:.4f}"),
-            ("increase", f"{found.perplexity / other.perplexity - 1:+.2%}"),
+            ("increase", f"{other.increase:+.2%}{_spread(other.increase_error, '.2%')}"),
             ("KL divergence", f"{other.kl:.5f} nats a token, 99th percentile {other.kl_99:.4f}"),
             ("same top token", f"{other.agreement:.2%}"),
         ]
     console.result(asdict(found), table(rows))
+
+
+def _windows(given: str) -> int | Literal["all"]:
+    if given == "all":
+        return "all"
+    try:
+        return int(given)
+    except ValueError:
+        raise UsageError(f"--windows {given!r} is no number", hint="a number of windows, or all") from None
+
+
+def _spread(error: float | None, form: str) -> str:
+    return "" if error is None else f" ± {error:{form}}"
 
 
 @cli.command()

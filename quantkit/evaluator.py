@@ -1,7 +1,11 @@
 """How well a folder predicts a text, and how far it is from another: one decoder layer in memory at a time.
 
 Any folder that quantkit reads or writes can be evaluated; its weights are restored layer by layer. With a second folder
-both models go through the text side by side, and their distributions are compared token by token.
+both models go through the text, and their distributions are compared token by token.
+
+The protocol: the text is tokenized as a whole by the folder's tokenizer, cut into windows without overlap, and of the
+first `windows` of them every token but the first of each is predicted from those before it in its window. Arithmetic is
+float32, on the weights as they are stored.
 """
 
 from __future__ import annotations
@@ -9,39 +13,52 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from quantkit.calibration.data import Calibration, Tokens, load_tokens
-from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.system import cores
 from quantkit.console import Console, Progress
-from quantkit.errors import RunError, SourceError, UsageError
+from quantkit.errors import RunError, UsageError
+from quantkit.evaluation_text import read_windows
 from quantkit.layouts import Checkpoint
-from quantkit.planner import CONTEXTS
-from quantkit.restored import RestoredWeights
 
 if TYPE_CHECKING:
     import torch
 
-WINDOWS = 12
-CHUNK = 128  # tokens whose logits are held at once
+    from quantkit.evaluation_model import FolderModel
+
+WINDOWS = 12  # what the published comparisons of this project were measured on: a minute or two for a small model
+Windows = int | Literal["all"]
+Losses = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder to evaluate, and what it is called."""
+
+    checkpoint: Checkpoint
+    name: str
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The folder beside another, over the same tokens.
 
-    perplexity: of the other. kl, kl_99: KL divergence from the other's distribution to the folder's, in nats a token,
-    the mean and the 99th percentile. agreement: how often both find the same token most likely.
+    perplexity: of the other. increase: of the folder's perplexity over it, relative; increase_error: its standard error
+    from the windows' differences, which is far smaller than that of either perplexity. None for a single window.
+    kl, kl_99: KL divergence of the folder's distribution from the other's, Σ p_other · log(p_other / p_folder), in nats
+    a token: the mean and the 99th percentile. agreement: how often both find the same token most likely, 0 … 1.
     """
 
     name: str
     perplexity: float
+    increase: float
+    increase_error: float | None
     kl: float
     kl_99: float
     agreement: float
@@ -49,8 +66,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """perplexity: exp of the mean loss of every token but the first of each window. error: its standard error, from the
-    spread of the windows' mean losses; None for a single window."""
+    """text: the file's name, or the Hub dataset. text_sha256: of the file; tokens_sha256: of the ids, as
+    `calibration.data.Tokens` has it. tokens: how many were predicted, windows · (length - 1).
+
+    loss: their mean, in nats; loss_error: its standard error, from the spread of the windows' means. perplexity: exp of
+    the loss; perplexity_error: what loss_error means for it, to first order. Both errors are None for a single window.
+    """
 
     folder: str
     text: str
@@ -58,152 +79,155 @@ class Evaluation:
     tokens_sha256: str
     windows: int
     length: int
+    tokens: int
+    loss: float
+    loss_error: float | None
     perplexity: float
-    error: float | None
+    perplexity_error: float | None
     against: Comparison | None
 
 
 def evaluate_folder(
-    checkpoint: Checkpoint,
+    subject: Subject,
     text: str,
     *,
-    against: Checkpoint | None = None,
-    windows: int = WINDOWS,
+    against: Subject | None = None,
+    windows: Windows = WINDOWS,
     length: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
     console: Console,
 ) -> Evaluation:
-    """Perplexity of a folder on the first `windows` windows of a text, tokenized as a whole and cut every `length`
-    tokens (1,024, or the model's context where that is shorter).
+    """Perplexity of a folder on the first `windows` windows of a text, `length` tokens each (1,024, or the context of
+    the models where that is shorter); `against` adds the comparison.
 
-    Raises InputError, RecipeError or SourceError for a text or a folder that cannot be used, RunError if a model gives
-    numbers that are not finite.
+    Raises InputError or SourceError for a text or a folder that cannot be used, UsageError for numbers that do not go
+    with them, RunError if a model gives numbers that are not finite, or if its hidden states have no room on disk.
     """
     import torch
 
-    from quantkit.torch_setup import prepare_torch
+    from quantkit.evaluation_model import FolderModel, torch_settings
 
-    prepare_torch(threads or cores())
-    if windows < 1:
-        raise UsageError(f"--windows {windows} is no number of windows", hint="1 or more")
-    tokens = _tokens(checkpoint, text, windows, length, console)
-    if against is not None and against.config.get("vocab_size") != checkpoint.config.get("vocab_size"):
-        raise UsageError(
-            "the two models have vocabularies of different size", where=str(against.folder),
-            hint="compare a folder with what it was made from",
-        )  # fmt: skip
-    ids = torch.from_numpy(tokens.ids.copy())
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads} is no number of threads", hint="1 or more, or leave it out")
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantkit-")))
-        models = [
-            _Model(c, stack.enter_context(SourceFiles(c.folder, c.files)), ids, scratch / str(i), device)
-            for i, c in enumerate((checkpoint, *([against] if against is not None else [])))
-        ]
-        for model in models:
-            stack.callback(model.close)
-        total = sum(len(m.skeleton.layers) for m in models) * len(ids)
-        with console.progress(total) as progress:
+        stack.enter_context(torch_settings(threads or cores()))
+        subjects = [subject] if against is None else [subject, against]
+        for note in (note for s in subjects for note in s.checkpoint.notes):
+            console.warn(note)
+        models = [stack.enter_context(FolderModel(s.checkpoint, s.name, device)) for s in subjects]
+        _check_vocabularies(models)
+        tokens = read_windows(
+            subject.checkpoint, text, windows=None if windows == "all" else windows, length=length,
+            vocabulary=models[0].vocabulary, context=min((m.context for m in models if m.context), default=None),
+            quiet=console.quiet,
+        )  # fmt: skip
+        ids = torch.from_numpy(tokens.ids.copy())
+        scratch = stack.enter_context(_scratch())
+        with console.progress(sum(model.work for model in models)) as progress:
             for model in models:
+                model.embed(ids, scratch)
                 model.run(progress)
-        losses, divergences, agreed = _compare(models, ids)
-    means = losses.mean(axis=2)
-    ours = math.exp(means[0].mean())
-    error = ours * float(means[0].std(ddof=1)) / math.sqrt(len(ids)) if len(ids) > 1 else None
+            losses, divergences, agreed = _predict(models, ids, progress)
+    ours, error = _mean(losses[0].mean(axis=1))
     comparison = None
     if against is not None:
+        change, change_error = _mean(losses[0].mean(axis=1) - losses[1].mean(axis=1))
+        growth = _exp(change, subject.name)
+        theirs = _exp(_mean(losses[1].mean(axis=1))[0], against.name)
         comparison = Comparison(
-            against.folder.name, math.exp(means[1].mean()), float(divergences.mean()),
-            float(np.percentile(divergences, 99)), float(agreed.mean()),
+            against.name, theirs, growth - 1, _times(change_error, growth),
+            float(divergences.mean()), float(np.percentile(divergences, 99)), float(agreed.mean()),
         )  # fmt: skip
+    perplexity = _exp(ours, subject.name)
     return Evaluation(
-        checkpoint.folder.name, tokens.name, tokens.text_sha256, tokens.sha256, len(ids), ids.shape[1], ours, error,
-        comparison,
+        subject.name, tokens.name, tokens.text_sha256, tokens.sha256, len(ids), ids.shape[1], losses[0].size,
+        ours, error, perplexity, _times(error, perplexity), comparison,
     )  # fmt: skip
 
 
-def _tokens(checkpoint: Checkpoint, text: str, windows: int, length: int | None, console: Console) -> Tokens:
-    config = checkpoint.config
-    context = next((n for k in CONTEXTS if type(n := config.get(k)) is int), None)
-    vocabulary = config.get("vocab_size")
-    if type(vocabulary) is not int:
-        raise SourceError("config.json has no vocab_size", where=str(checkpoint.folder), hint="fetch it again")
-    wanted = Calibration(text=text, samples=windows, length=length)
-    return load_tokens(wanted, checkpoint.folder, vocab_size=vocabulary, context=context, quiet=console.quiet)
-
-
-class _Model:
-    """One folder on its way through the text."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, files: SourceFiles, ids: torch.Tensor, scratch: Path, device: str
-    ) -> None:
-        from quantkit.calibration.hidden import HiddenStates
-        from quantkit.calibration.skeleton import Skeleton
-
-        scratch.mkdir()
-        self.folder = checkpoint.folder
-        self.weights = RestoredWeights(checkpoint, files)
-        self.skeleton = Skeleton(checkpoint.config, self.weights.names, checkpoint.folder, device)
-        rows, calls = self.skeleton.embed(self.weights, ids)
-        self.calls, self.rows = calls, len(ids)
-        with closing(rows):
-            first = next(rows)
-            self.hidden = HiddenStates(scratch / "hidden", len(ids), ids.shape[1], first.shape[-1])
-            self.hidden.write(0, first)
-            for i, row in enumerate(rows, 1):
-                self.hidden.write(i, row)
-
-    def run(self, progress: Progress) -> None:
-        """Through all layers, in place."""
-        import torch
-
-        for index, places in enumerate(self.skeleton.inside):
-            self.skeleton.fill(places, self.weights)
-            with torch.inference_mode():
-                for row in range(self.rows):
-                    before = self.hidden.read(row, self.skeleton.device)
-                    self.hidden.write(row, self.skeleton.run(index, before, self.calls[index]))
-                    progress.advance(1)
-            self.skeleton.clear(places)
-            progress.unit(f"{self.folder.name}, layer {index}", self.rows)
-
-    def close(self) -> None:
-        self.hidden.close()
+def _check_vocabularies(models: list[FolderModel]) -> None:
+    sizes = [model.vocabulary for model in models]
+    if len(set(sizes)) > 1:
+        raise UsageError(
+            f"the models have vocabularies of {sizes[0]:,} and {sizes[1]:,} tokens", where=str(models[1].folder),
+            hint="--against is for the folder's source, or another folder made from it",
+        )  # fmt: skip
 
 
 @contextmanager
-def _heads(models: list[_Model]) -> Iterator[list[Any]]:
-    yield [m.skeleton.logits(m.weights) for m in models]
+def _scratch() -> Iterator[Path]:
+    """A folder for hidden states, removed whatever happens."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="quantkit-eval-")
+    except OSError as e:
+        raise RunError(
+            f"there is no place for hidden states: {e.strerror}", hint="set TMPDIR to a folder that can be written"
+        ) from None
+    with folder as name:
+        yield Path(name)
 
 
-def _compare(models: list[_Model], ids: torch.Tensor) -> tuple[Any, Any, Any]:
-    """Losses [models, windows, length - 1]; with two models KL divergences and agreement [windows · (length - 1)]."""
+def _predict(models: list[FolderModel], ids: torch.Tensor, progress: Progress) -> tuple[list[Losses], Any, Any]:
+    """Losses [windows, length - 1] of each model; with two, divergence and agreement of each token, flat."""
     import torch
 
+    from quantkit.evaluation_model import CHUNK, not_finite, share
+
     windows, length = ids.shape
-    losses = np.zeros((len(models), windows, length - 1))
-    divergences, agreed = [], []
-    with _heads(models) as heads, torch.inference_mode():
+    losses: list[Losses] = [np.zeros((windows, length - 1)) for _ in models]
+    divergences, agreed = np.zeros((windows, length - 1)), np.zeros((windows, length - 1), bool)
+    step = max(8, CHUNK // models[0].vocabulary)
+    work = sum(model.head_bytes for model in models)
+    with torch.inference_mode():
+        heads = [model.head() for model in models]
         for w in range(windows):
-            hidden = [m.hidden.read(w, m.skeleton.device) for m in models]
-            for start in range(0, length - 1, CHUNK):
-                stop = min(start + CHUNK, length - 1)
-                targets = ids[w, start + 1 : stop + 1].long()
-                logs = []
-                for i, (head, states) in enumerate(zip(heads, hidden, strict=True)):
-                    log = torch.log_softmax(head(states[:, start:stop]).cpu(), dim=-1)
-                    loss = -log.gather(1, targets[:, None])[:, 0].double()
-                    if not bool(torch.isfinite(loss).all()):
-                        raise RunError(
-                            f"the model's predictions are not finite in window {w}", where=str(models[i].folder),
-                            hint="run `quantkit verify` on the folder; the text may overflow the model, too",
-                        )  # fmt: skip
-                    losses[i, w, start:stop] = loss.numpy()
-                    logs.append(log)
+            states = [model.states(w) for model in models]
+            for start in range(0, length - 1, step):
+                here = slice(start, min(start + step, length - 1))
+                targets = ids[w, here.start + 1 : here.stop + 1, None].long()
+                logs = [head(x[:, here]) for head, x in zip(heads, states, strict=True)]
+                for model, log, loss in zip(models, logs, losses, strict=True):
+                    loss[w, here] = -log.gather(1, targets.to(log.device))[:, 0].double().cpu().numpy()
+                    if not np.isfinite(loss[w, here]).all():
+                        raise not_finite("the model's predictions are", w, model.folder)
                 if len(logs) == 2:
-                    ours, theirs = logs
-                    divergence = (theirs.exp() * (theirs - ours)).sum(1, dtype=torch.float64)
-                    divergences.append(divergence.clamp_min(0).numpy())
-                    agreed.append((ours.argmax(1) == theirs.argmax(1)).numpy())
-    return losses, np.concatenate(divergences or [np.zeros(0)]), np.concatenate(agreed or [np.zeros(0)])
+                    agreed[w, here] = (logs[0].argmax(1) == logs[1].argmax(1)).cpu().numpy()
+                    divergences[w, here] = _divergence(*logs).cpu().numpy()
+                    if not np.isfinite(divergences[w, here]).all():
+                        raise not_finite("one model rules out what the other expects, which makes", w, models[0].folder)
+            progress.advance(share(work, w, windows))
+        progress.unit("predictions", work)
+    return losses, divergences, agreed
+
+
+def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Σ p_theirs · (log p_theirs - log p_ours) of log probabilities [tokens, vocabulary], float64 [tokens]. Overwrites
+    both: nothing of their size is held beside them."""
+    import torch
+
+    difference = torch.sub(theirs, ours, out=ours)
+    chances = theirs.exp_()
+    difference.masked_fill_(chances == 0, 0)  # of what neither expects: -inf less -inf
+    # It is never negative; rounding of the two normalizations makes it so for distributions that are nearly equal.
+    return difference.mul_(chances).sum(1, dtype=torch.float64).clamp_min_(0)
+
+
+def _mean(values: Losses) -> tuple[float, float | None]:
+    """The mean and its standard error."""
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(values.mean()), error
+
+
+def _times(error: float | None, factor: float) -> float | None:
+    return None if error is None else error * factor
+
+
+def _exp(loss: float, name: str) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise RunError(
+            f"a mean loss of {loss:,.0f} nats is no perplexity that a number can say", where=name,
+            hint="the weights are not those of a trained model: run `quantkit verify` on the folder",
+        ) from None  # fmt: skip

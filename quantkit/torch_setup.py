@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
+
 import torch
+
+# Of glibc's malloc.h: options of mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def prepare_torch(threads: int) -> None:
@@ -14,3 +20,13 @@ def prepare_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     if not torch.cpu._is_amx_tile_supported():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Activations come and go by the megabyte, always of the same sizes. glibc would give such blocks back to the
+    kernel and take them anew, page by page; kept in the heap they are faster, and leave fewer holes."""
+    with suppress(OSError, AttributeError):  # another C library
+        c = ctypes.CDLL(None)
+        c.mallopt(_M_MMAP_MAX, 0)
+        c.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -22,10 +22,10 @@ from quantkit.layouts.hf import SIDE_FILES
 from quantkit.memory import SLAB, slab_elements
 from quantkit.methods.base import Array, Selection, WeightSpec
 from quantkit.output import COMMITS, WEIGHT_SUFFIXES
+from quantkit.packed import UNDECODABLE, Packed, decoded
 from quantkit.planner import target_of
 from quantkit.publication import FORMAT
 from quantkit.recipe import Native, Quantize, Recipe, build_recipe
-from quantkit.restored import UNDECODABLE, Packed, decoded
 
 
 @dataclass(frozen=True)

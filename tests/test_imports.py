@@ -16,8 +16,19 @@ PACKAGE = Path(quantkit.__file__).parent
 LAYERS = (
     {"__init__", "__main__", "cli"},
     {"api"},
-    {"runner", "verifier", "evaluator", "inspector", "output", "hub", "hub_repository", "hub_errors", "loading"},
-    {"layer_runner", "restored"},
+    {
+        "runner",
+        "verifier",
+        "evaluator",
+        "evaluation_model",
+        "evaluation_text",
+        "inspector",
+        "output",
+        "hub",
+        "hub_repository",
+        "loading",
+    },
+    {"layer_runner", "restored", "foreign", "packed"},
     {"committer", "planner"},
     {"publication"},
     {"plans"},
@@ -27,6 +38,7 @@ LAYERS = (
     {"architectures", "patterns", "tokenization", "solvers"},
     {"checkpoint"},
     {"kernels"},
+    {"hub_errors"},
     {"errors", "version", "torch_setup"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

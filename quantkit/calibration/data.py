@@ -196,7 +196,8 @@ def _too_little(
     elif tokens >= 2:
         hint += f", or set calibration.length to {tokens} or less"
     return RecipeError(
-        f"the calibration text makes {rows:,} rows of {length:,} tokens, and {calibration.samples:,} are asked for",
+        f"the calibration text makes {rows:,} row{'' if rows == 1 else 's'} of {length:,} tokens, and "
+        f"{calibration.samples:,} are asked for",
         where=f"{source.where}: {tokens:,} tokens", hint=hint,
     )  # fmt: skip
 

@@ -12,7 +12,8 @@ end), the document is read again in larger pieces. The tests compare with ids of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -20,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-from quantkit.errors import InputError
+from quantkit.checkpoint.header import quote
+from quantkit.errors import InputError, SourceError
 
 Ids = npt.NDArray[np.int32]
 Open = Callable[[], TextIO]
@@ -30,6 +32,20 @@ MARGIN = 2**14
 AGREED = 32
 CHARS = 5  # a token of English; more text is read if that was not enough
 MAX_PIECE = 2**27
+
+
+@contextmanager
+def explained(what: str, where: str) -> Iterator[None]:
+    """What the library raises, a bare Exception or, from a panic of its Rust, a BaseException, as a SourceError."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        first = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
+        raise SourceError(
+            f"{what}: {quote(first)}", where=where, hint="the tokenizer is damaged: fetch the model again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,8 @@ class FastTokenizer(TextTokenizer):
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
         # The fast form keeps no places, which is much of the memory.
-        found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
+        with explained("the tokenizer cannot encode the text", self.where):
+            found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
         return [np.array(e.ids, np.int32) for e in found]
 
     def attempt(self, stream: TextIO, wanted: int, piece: int, *, special: bool) -> Ids | None:
@@ -79,7 +96,8 @@ class FastTokenizer(TextTokenizer):
         while True:
             text += stream.read(piece - len(text))
             ahead = stream.read(1)
-            encoding = self.tokenizer.encode(text, add_special_tokens=special)
+            with explained("the tokenizer cannot encode the text", self.where):
+                encoding = self.tokenizer.encode(text, add_special_tokens=special)
             ids = np.array(encoding.ids, np.int32)
             first = 0
             if parts:

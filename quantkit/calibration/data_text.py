@@ -73,7 +73,8 @@ def open_source(text: str | None, folder: Path | None, *, quiet: bool) -> Source
     if reference is not None:
         path, name = fetch(reference, ENDINGS, quiet=quiet)
     else:
-        name = os.fsencode(path.name).decode("utf-8", "replace")
+        plain = os.fsencode(path.name).decode("utf-8", "replace")
+        name = "".join(c if c.isprintable() else "\ufffd" for c in plain)
     return _file(path, name, folder)
 
 
@@ -222,6 +223,8 @@ def _rows(path: Path, name: str, chats: Chats) -> Iterator[Document]:
                         yield from _value({key: value}, chats, fail)
     except UnicodeDecodeError:
         raise InputError(f"the column {key} of {name} is not UTF-8", where=str(path), hint=damaged) from None
-    except (lib.ArrowException, io.UnsupportedOperation, EOFError) as e:
+    except (lib.ArrowException, OSError, EOFError) as e:  # of the OSErrors those without a number are pyarrow's own
+        if getattr(e, "errno", None) is not None:
+            raise
         first = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
-        raise InputError(f"{name} is not a sound parquet file: {first}", where=str(path), hint=damaged) from None
+        raise InputError(f"{name} is not a sound parquet file: {quote(first)}", where=str(path), hint=damaged) from None

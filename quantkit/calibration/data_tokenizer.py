@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
-from quantkit.calibration.data_encode import FastTokenizer, SlowTokenizer, TextTokenizer
+from quantkit.calibration.data_encode import FastTokenizer, SlowTokenizer, TextTokenizer, explained
 from quantkit.checkpoint.header import quote
 from quantkit.checkpoint.reader import read_json, safe_path
 from quantkit.errors import SourceError
@@ -60,10 +60,8 @@ def _parse(raw: bytes, where: str) -> Tokenizer:
             "this is a Git LFS pointer, a line of text in place of the tokenizer",
             where=where, hint="run `git lfs pull` in the clone, or fetch the model with `hf download`",
         )  # fmt: skip
-    try:
+    with explained(f"{FILE} is damaged", where):
         tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as e:  # the library raises Exception itself
-        raise SourceError(f"{FILE} is damaged: {_first(e)}", where=where, hint=HINT) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):  # merges left out at random, a thing of training

@@ -120,9 +120,8 @@ class _Restorer:
         coded = _unpack(self.bits, tensors, self.spec, self.params)
         values = np.empty(coded.codes.shape, np.float32)
         for rows in _chunks(self.spec):  # what Coded.restore holds beside its result is several times as large
-            values[rows] = replace(
-                coded, codes=coded.codes[rows], scales=coded.scales[rows], zeros=coded.zeros[rows]
-            ).restore()
+            part = replace(coded, codes=coded.codes[rows], scales=coded.scales[rows], zeros=coded.zeros[rows])
+            values[rows] = part.restore()
         return values.reshape(-1)
 
 

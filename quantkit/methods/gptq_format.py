@@ -122,12 +122,14 @@ def unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Gr
 
 
 def shaped(tensors: Mapping[str, Array], specs: Sequence[TensorSpec]) -> list[Array]:
-    """The tensors in the order of `specs`. ValueError for one of another dtype or shape."""
+    """The tensors in the order of `specs`. ValueError for one of another shape or dtype, but for scales: of those that
+    others wrote, some are wider floats."""
     found = [tensors[spec.name] for spec in specs]
     for array, spec in zip(found, specs, strict=True):
-        if array.shape != spec.shape or array.dtype != NUMPY[spec.dtype]:
-            is_ = f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"{spec.name} is {is_}, the weight makes it {spec.dtype} {list(spec.shape)}")
+        fits = array.dtype == NUMPY[spec.dtype] or (spec.dtype == "F16" and array.dtype == np.float32)
+        if array.shape != spec.shape or not fits:
+            seen = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{spec.name} is {seen}, the weight makes it {spec.dtype} {list(spec.shape)}")
     return found
 
 

@@ -28,7 +28,7 @@ RIDGE = 0.05  # of the mean diagonal
 def settings_for(settings: Settings, effort: Effort) -> Settings:
     """What an effort stands for, beside following the full-precision model (all but "low")."""
     if effort == "high":
-        return replace(settings, passes=2, refits=1)
+        return replace(settings, passes=2, refits=4)
     return settings
 
 

@@ -180,13 +180,13 @@ def test_long_documents_and_batches_change_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "d.jsonl", *[{"text": STORY}] * 600, "not JSON")
+    path = jsonl(tmp_path / "d.jsonl", *[{"text": STORY}] * 300, "not JSON")
     assert load(path).ids.shape == (3, 16)
     text = tmp_path / "d.txt"
-    text.write_bytes(STORY.encode() * 900 + b"\xff")
+    text.write_bytes(STORY.encode() * 300 + b"\xff")
     assert text.stat().st_size > data_text.LONG
     assert load(text).ids.shape == (3, 16)
-    for late, message in ((path, "line 601"), (text, "not UTF-8")):
+    for late, message in ((path, "line 301"), (text, "not UTF-8")):
         with pytest.raises(InputError, match=message):
             load(late, seed=0)
 
@@ -229,7 +229,7 @@ class TestParquet:
             (tmp_path / "d.parquet").write_bytes(content)
             with pytest.raises(InputError) as raised:
                 load(tmp_path / "d.parquet")
-            assert len(str(raised.value).splitlines()) == 3
+            assert_three_lines(raised.value, "d.parquet is not a sound parquet file: ")
 
     def test_pyarrow_is_an_extra(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = self.write(tmp_path / "t.parquet", {"text": ["a"]})
@@ -272,7 +272,7 @@ def assert_three_lines(error: QuantkitError, message: str) -> None:
     assert message in error.what
     lines = str(error).splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["  in", "  hint"]
-    assert all(line.isprintable() for line in lines)
+    assert all(line.isprintable() for line in lines if not line.startswith("  in: /"))  # a path is printed as it is
     assert error.exit_code == 2
 
 
@@ -305,6 +305,7 @@ BAD_FILES: dict[str, tuple[Make, str]] = {
     "a strange revision": (lambda _: "org/name@../x", "there is no file"),
     "a folder": (lambda folder: folder, "is a folder"),
     "a pipe": (piped, "p.txt is not a file"),
+    "a strange name": (written("\x1b[2J.csv", b"a"), "\ufffd[2J.csv is no calibration text"),
     "a dangling link": (dangling, "d.txt is not a file"),
     "another ending": (written("t.csv", b"a"), "t.csv is no calibration text: nothing is known of files that end in"),
     "packed": (written("t.jsonl.gz", b"a"), "files that end in '.gz'"),
@@ -344,7 +345,7 @@ def test_numbers_that_do_not_go_together(story: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("in the inn 12 in the inn " * 2)
     count = len(ids_of(WITH_BOS, short.read_text()))
-    with pytest.raises(RecipeError, match="the calibration text makes 1 rows of 16 tokens, and 3 are") as raised:
+    with pytest.raises(RecipeError, match="the calibration text makes 1 row of 16 tokens, and 3 are") as raised:
         load(short)
     assert raised.value.where == f"{short}: {count} tokens"
     assert raised.value.hint == "name a longer text, or set calibration.samples to 1 or less"
