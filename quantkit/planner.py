@@ -367,7 +367,8 @@ def _memory(
         threads=recipe.resources.threads,
         limit=recipe.resources.max_memory,
         device=recipe.resources.device,
-        derived=chosen.derived,
+        # Rounding takes torch, too.
+        derived=chosen.derived or (recipe.quantize is not None and recipe.quantize.method == "rtn"),
         generated=sum(map(len, target.generated.values())) - len(target.generated.get("quantize_config.json", b"")),
         parsed=max((f.nbytes for f in target.copies), default=0) if target.layout == "mistral" else 0,
     )

@@ -243,7 +243,9 @@ def test_source_without_a_hub_id_or_revision() -> None:
 
 def test_floors_are_those_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert {f"{name}>={floor}" for name, floor in FLOORS.items()} <= set(project["dependencies"])
+    readers = {"gptqmodel", "optimum", "compressed-tensors"}  # read what we write; we do not use them
+    ours = {f"{name}>={floor}" for name, floor in FLOORS.items() if name not in readers}
+    assert ours <= set(project["dependencies"])
 
 
 def test_import_is_light() -> None:

@@ -34,6 +34,7 @@ LAYERS = (
     {"plans"},
     {"recipe"},
     {"card", "parent_card", "card_facts", "front_matter", "bnb_folder", "memory", "console", "calibration"},
+    {"layer_memory"},
     {"methods", "layouts", "derived_architecture", "modules"},
     {"architectures", "patterns", "tokenization", "solvers"},
     {"checkpoint"},

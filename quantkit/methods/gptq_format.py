@@ -107,7 +107,7 @@ def place(bits: int, coded: Coded, first: int, spec: WeightSpec, params: Grouped
 
 def unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Grouped) -> Coded:
     """A weight's codes from the tensors of `outputs`. ValueError where these contradict each other, or parameters."""
-    from quantkit.kernels.bitstream import unpack_columns, unpack_rows
+    from quantkit.kernels.bitstream import unpack_columns
 
     qweight, qzeros, scales, g_idx = shaped(tensors, outputs(bits, spec, params))
     zeros = unpack_columns(qzeros, bits)
@@ -115,7 +115,8 @@ def unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Gr
         zeros += np.uint8(1)
         if (zeros > 2**bits - 1).any() or not zeros.all():  # 256 is 0 in 8 bits
             raise ValueError("a zero point is 0, which readers of version 1 of the format take for different numbers")
-    codes, scales, zeros = (np.ascontiguousarray(x.T) for x in (unpack_rows(qweight, bits), scales, zeros))
+    codes = unpack_columns(qweight.T, bits)  # a row for each output at once: turning the codes takes longer than this
+    scales, zeros = (np.ascontiguousarray(x.T) for x in (scales, zeros))
     coded = Coded(bits, codes, scales, zeros, g_idx)
     check(coded, params)
     return coded

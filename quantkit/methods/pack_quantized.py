@@ -88,7 +88,8 @@ def config(bits: int, params: Grouped, selection: Selection) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": sorted({*selection.skipped, *(m for m in selection.listed if "embed" not in m)}),
+        # Embeddings are no linears. GPT-NeoX's head, which is one, is called embed_out.
+        "ignore": sorted({*selection.skipped, *(m for m in selection.listed if "embed" not in m or m == "embed_out")}),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
         "version": VERSION,

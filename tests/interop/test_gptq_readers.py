@@ -39,7 +39,8 @@ COMPRESSED = [
 ]
 # Environment, reader, what it reads, and how far its layers may be from ours, relative to the largest weight.
 READERS: dict[str, tuple[str, str, list[dict[str, Any]], float]] = {
-    "gptqmodel": ("gptqmodel", "gptqmodel", EVERY + V2, 1e-6),
+    # It computes in fp16, and takes version 1 with zero points only from itself.
+    "gptqmodel": ("gptqmodel", "gptqmodel", [c for c in EVERY if c.get("sym", True)] + V2, 2e-3),
     # Its kernels for some widths compute in bf16.
     "transformers and optimum": ("gptqmodel", "transformers", EVERY + V2, 1e-2),
     # It rounds scale times zero to fp16.

@@ -155,3 +155,10 @@ def test_notes_on_experts() -> None:
     kinds = ("mlp.experts.0.w1", "mlp.experts.0.w2", "mlp.experts.1.w1", "mlp.experts.1.w2")
     notes = METHODS["gptq", 4].reader_notes(selection("layers.2.mlp.experts.1.w2", kinds=kinds), Gptq(group_size=64))
     assert notes[0].startswith("model.layers.2.mlp.experts.1.w2 is dense and model.layers.2.mlp.experts.0.w1")
+
+
+def test_a_head_that_is_called_like_an_embedding() -> None:
+    """compressed-tensors takes every linear that is not listed for a packed one."""
+    chosen = Selection(("gpt_neox.layers.0.mlp.dense_h_to_4h",), (), ("gpt_neox.embed_in", "embed_out", "lm_head"))
+    block = METHODS["rtn", 4].config(Rtn(group_size=32, format="compressed-tensors"), "F16", chosen)
+    assert block["ignore"] == ["embed_out", "lm_head"]

@@ -18,7 +18,7 @@ import torch
 def gptqmodel(folder: str) -> Any:
     from gptqmodel import BACKEND, GPTQModel
 
-    return GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float32).model
+    return GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
 
 
 def transformers(folder: str) -> Any:
@@ -48,8 +48,9 @@ def main() -> None:
                     width = getattr(module, "in_features", None) or getattr(module, "infeatures", None)
                     if width is None or "layers." not in name:
                         continue
-                    plain = module(torch.zeros(1, 1, width))
-                    found[name] = (module(torch.eye(width)[None]) - plain)[0].T.float().numpy()
+                    kind = next((p.dtype for p in model.parameters()), torch.float32)
+                    plain = module(torch.zeros(1, 1, width, dtype=kind))
+                    found[name] = (module(torch.eye(width, dtype=kind)[None]) - plain)[0].T.float().numpy()
                 ids = torch.arange(3, 35)[None]
                 found["logits"] = model(ids).logits.float().numpy()
             np.savez(Path(out) / Path(folder).name, **found)

@@ -154,18 +154,6 @@ def test_inputs_are_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
-def test_matmul_precision_of_the_caller_is_neither_used_nor_changed() -> None:
-    weight, hessian = layer(8, 256)
-    plain = solve(weight, hessian, Settings(Grid(4, 64)))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert same(solve(weight, hessian, Settings(Grid(4, 64))), plain)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def test_shifted_target() -> None:
     """With the outputs of the true inputs wanted and disturbed ones there, the shift is the ridge regression."""
     weight, _ = layer(6, 40)

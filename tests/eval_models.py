@@ -1,0 +1,81 @@
+"""Small models and texts for tests/test_eval*.py, one a kind of architecture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": 0,
+    "eos_token_id": 0,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "gpt2": {"vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "bloom": {"vocab_size": 260, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "falcon": {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3_text": {**SIZES, "head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0},
+}
+
+
+def build(folder: Path, kind: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
+    """A random float32 model with a tokenizer of one token a letter, whose weights are large enough to tell."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**KINDS[kind], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.02))
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE(vocab={chr(i): i for i in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def text_of(letters: int) -> str:
+    """Words that do not repeat too soon."""
+    words = (f"{a} {b} of the {c}." for c in range(40) for a in ("red", "old", "far") for b in "abcdefgh")
+    return " ".join(words)[:letters]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+# The peak is the kernel's own figure of this program alone: ru_maxrss would begin with what its parent had.
+_MEASURE = """
+import json, sys
+import quantkit
+folder, text, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+found = quantkit.evaluate(folder, text, **options)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([found.perplexity, int(peak.split()[1]) * 1024]))
+"""
+
+
+def measured(folder: Path, text: str, **options: Any) -> tuple[float, int]:
+    """Perplexity and peak RSS in bytes of an evaluation in a process of its own."""
+    line = [sys.executable, "-c", _MEASURE, str(folder), text, json.dumps(options)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    perplexity, peak = json.loads(done.stdout)
+    return perplexity, peak
