@@ -246,7 +246,13 @@ def expected_shape(architecture: Architecture, config: Mapping[str, Any], name: 
 
 def hidden_width(config: Mapping[str, Any]) -> int:
     """Width of the hidden states between layers. SourceError where config.json does not say it."""
-    return _symbol(find(config) or _LLAMA, config, "H")
+    width = next((config[key] for key in (*_KEYS["H"], "d_model") if type(config.get(key)) is int), None)
+    if width is None or not 0 < width < 2**31:
+        raise SourceError(
+            "config.json does not say how wide the hidden states are", where=str(config.get("model_type")),
+            hint="a calibrated method needs a causal language model; try --method rtn or bnb",
+        )  # fmt: skip
+    return int(width)
 
 
 def is_tied(architecture: Architecture, config: Mapping[str, Any]) -> bool:

@@ -240,7 +240,7 @@ def _choose(quantize: Quantize, checkpoint: Checkpoint, tensors: Sequence[Source
         raise SourceError(
             f"nothing is left to quantize: {why}",
             where=str(checkpoint.folder),
-            hint="try another --group-size or --method" if refused
+            hint="try --method bnb, or another --group-size" if refused
             else "check --skip, and that config.json belongs to these weights",
         )  # fmt: skip
     skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
@@ -357,6 +357,14 @@ def _memory(
     tokens: Tokens | None,
 ) -> MemoryPlan:
     checked = recipe.convert is not None and recipe.convert.check
+    layers = None
+    if tokens is not None:  # first: it is the larger part, and so the one to name where there is too little
+        rows, length = tokens.ids.shape
+        width = architectures.hidden_width(checkpoint.config)
+        used = len(set(tokens.ids.ravel().tolist()))
+        stream = StreamShape(rows, length, width, used, "full" in _streams(recipe, tokens))
+        limit, device = recipe.resources.max_memory, recipe.resources.device
+        layers = plan_layers(_layers(units), stream, limit=limit, device=device)
     plan = plan_memory(
         (
             Work(u.source, u.granule, u.linear is not None, _copies(u, checked=checked))
@@ -372,12 +380,6 @@ def _memory(
         generated=sum(map(len, target.generated.values())) - len(target.generated.get("quantize_config.json", b"")),
         parsed=max((f.nbytes for f in target.copies), default=0) if target.layout == "mistral" else 0,
     )
-    if tokens is None:
-        return plan
-    rows, length = tokens.ids.shape
-    width = architectures.hidden_width(checkpoint.config)
-    stream = StreamShape(rows, length, width, len(set(tokens.ids.ravel().tolist())), "full" in _streams(recipe, tokens))
-    layers = plan_layers(_layers(units), stream, limit=recipe.resources.max_memory, device=recipe.resources.device)
     return replace(plan, layers=layers)
 
 

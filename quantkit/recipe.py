@@ -248,7 +248,7 @@ def build_recipe(
             named = "a conversion" if implementation is None else f"method {implementation.name}"
             raise fail(f"{named} looks at no text", ("calibration",), "leave --calib and the calibration block out")
         if calibrated:
-            table.setdefault("calibration", Calibration())
+            table["calibration"] = table.get("calibration") or Calibration()
         if table.get("allow_nonfinite") is True and table["quantize"] is None:
             raise fail(
                 "allow_nonfinite is about quantizing; a conversion copies NaN as it is", ("allow_nonfinite",),

@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "bloom": {"vocab_size": 260, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "falcon": {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "mistral": {**SIZES, "head_dim": 16, "sliding_window": None},
     "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3_text": {**SIZES, "head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0},
 }
@@ -65,17 +66,17 @@ def quiet_transformers() -> Iterator[None]:
 _MEASURE = """
 import json, sys
 import quantkit
-folder, text, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-found = quantkit.evaluate(folder, text, **options)
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps([found.perplexity, int(peak.split()[1]) * 1024]))
+text, options = sys.argv[1], json.loads(sys.argv[2])
+for folder in sys.argv[3:]:
+    found = quantkit.evaluate(folder, text, **options)
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(json.dumps([found.perplexity, int(peak.split()[1]) * 1024]))
 """
 
 
-def measured(folder: Path, text: str, **options: Any) -> tuple[float, int]:
-    """Perplexity and peak RSS in bytes of an evaluation in a process of its own."""
-    line = [sys.executable, "-c", _MEASURE, str(folder), text, json.dumps(options)]
+def measured(folders: list[Path], text: str, **options: Any) -> list[list[float]]:
+    """Perplexity and peak RSS so far in bytes, of evaluations one after the other in a process of their own."""
+    line = [sys.executable, "-c", _MEASURE, text, json.dumps(options), *map(str, folders)]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    perplexity, peak = json.loads(done.stdout)
-    return perplexity, peak
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -230,7 +230,7 @@ def test_real_model_by_the_protocol_of_its_peers(tmp_path: Path) -> None:
         pytest.skip("needs the demo's model and WikiText-2")
     words = wiki.read_text().replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", ".")
     (tmp_path / "test.txt").write_text(words)
-    perplexity, memory = measured(model, str(tmp_path / "test.txt"))
+    [(perplexity, memory)] = measured([model], str(tmp_path / "test.txt"))
     assert memory < 10**9
     ids = AutoTokenizer.from_pretrained(model)(words, return_tensors="pt").input_ids[0]
     whole, loss = dense(model), 0.0

@@ -271,6 +271,13 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, change: dict[str, Any], wor
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_block_means_the_defaults(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", num_hidden_layers=1)
+    plan = quantkit.plan(str(source), {"quantize": {"method": "gptq"}, "calibration": None})
+    assert plan.tokens is not None
+    assert "pydoc_data.topics" in plan.tokens.name
+
+
 def test_no_path_of_the_machine_travels(tmp_path: Path) -> None:
     source = build(tmp_path / "source", num_hidden_layers=1)
     quantkit.quantize(str(source), tmp_path / "out", recipe(source))

@@ -139,7 +139,7 @@ def _describe(name: str, bits: int, params: Grouped) -> Description:
         orders = {"static": "by activation, groups in natural order", "group": "by activation, groups too (desc_act)",
                   "none": "natural"}  # fmt: skip
         aims = "each layer's own output" if params.effort == "low" else "the full-precision model's outputs"
-        settings += [("Order of rounding", orders[params.act_order]), ("Aimed at", aims), ("Effort", params.effort)]
+        settings += [("Order of rounding", orders[_order(params)]), ("Aimed at", aims), ("Effort", params.effort)]
     tags = [name, f"{bits}-bit"]
     if name == "rtn":
         tags.append("gptq")
@@ -161,8 +161,12 @@ def _solve(bits: int, weights: Mapping[str, Any], found: Any, params: Gptq) -> I
     from quantkit.solvers.group import solve_group
 
     grid = Grid(bits, params.group_size or -1, params.sym)
-    order = "static" if params.act_order == "group" and not params.acting else params.act_order
-    return solve_group(weights, found, Settings(grid, order, params.damp), params.effort)
+    return solve_group(weights, found, Settings(grid, _order(params), params.damp), params.effort)
+
+
+def _order(params: Gptq) -> Literal["static", "group", "none"]:
+    """With one group a row, its columns can be in any order, and g_idx is natural."""
+    return "static" if params.act_order == "group" and not params.acting else params.act_order
 
 
 def _method(name: str, bits: int) -> Method[Any]:
