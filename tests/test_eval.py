@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
+from quantkit.cli import main
 from quantkit.evaluator import Evaluation
 from quantkit.layouts import open_checkpoint
 from quantkit.restored import RestoredWeights, open_files
@@ -178,36 +180,44 @@ def test_what_torch_was_set_to_comes_back(llama: Path, text: str) -> None:
     assert before == (torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision)
 
 
-def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "quantkit", "eval", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, **options)
-
-
-def test_table_and_json(tmp_path: Path, llama: Path, text: str) -> None:
-    options = ("--text", text, "--windows", "3", "--length", "16", "--against", llama)
-    plain = command(llama, *options)
-    assert plain.returncode == 0, plain.stderr
-    lines = plain.stdout.splitlines()
+def test_table(llama: Path, text: str) -> None:
+    line = [sys.executable, "-m", "quantkit", "eval", str(llama), "--text", text, "--against", str(llama)]
+    done = subprocess.run([*line, "--windows", "3", "--length", "16"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         "text", "predicted", "loss", "perplexity", "against", "increase", "KL divergence", "same top token"
     ]  # fmt: skip
     assert "text.txt, 3 windows of 16 tokens" in lines[0]
-    assert "100.0 %  predictions" in plain.stderr
-    done = command(llama, *options, "--json", "--quiet")
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["perplexity"] == pytest.approx(evaluate(llama, text, windows=3, length=16).perplexity, rel=1e-6)
-    assert found["against"]["kl"] == 0
+    assert "100.0 %  predictions" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json(llama: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", str(llama), "--text", text, "--windows", "all", "--against", str(llama), "--json", "--quiet"])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    found = json.loads(said.out)
+    again = asdict(quantkit.evaluate(llama, text, windows="all", against=str(llama)))
+    assert found == again
     assert found["folder"] == found["against"]["name"] == "llama"
+    assert found["windows"] * (found["length"] - 1) == found["tokens"]
     assert len(found["text_sha256"]) == len(found["tokens_sha256"]) == 64
 
 
-def test_nothing_is_left_behind(tmp_path: Path, llama: Path, text: str) -> None:
+def test_nothing_is_left_behind(tmp_path: Path, llama: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After success, after an error, and after Ctrl-C."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    environment = {**os.environ, "TMPDIR": str(scratch)}
-    assert command(llama, "--text", text, "--windows", "2", env=environment).returncode == 0
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    evaluate(llama, text)
     assert list(scratch.iterdir()) == []
+    monkeypatch.setattr("quantkit.evaluation_model.FolderModel.head", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(llama, text)
+    assert list(scratch.iterdir()) == []
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     line = [sys.executable, "-m", "quantkit", "eval", str(llama), "--text", text, "--windows", "all", "--length", "4"]
     process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60

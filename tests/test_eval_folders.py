@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_models import SIZES, build, measured, quiet_transformers, text_of
+from eval_models import build, measured, quiet_transformers, text_of
 from safetensors.torch import load_file, save_file
 
 import quantkit
@@ -158,21 +158,27 @@ def test_bnb_folder_of_somebody(tmp_path: Path, made: Callable[..., Path], kind:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_native_layout_and_what_was_quantized_from_it(tmp_path: Path, text: str) -> None:
-    """The same model in Mistral's own layout: the same perplexity, and found again as the source."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
-    source = build(tmp_path / "source", "mistral", **{**SIZES, **sizes, "sliding_window": None})
+def test_native_layout(tmp_path: Path, text: str) -> None:
+    """The same model in Mistral's own layout, as either side; the text is tokenized by the folder's own tokenizer."""
+    source = build(tmp_path / "source", "mistral")
     quantkit.convert(str(source), tmp_path / "native", "mistral", {"convert": {"tokenizer": False}})
-    given = {"windows": 2, "length": 32}
-    with pytest.raises(QuantkitError, match="tokenizer"):
+    given: dict[str, Any] = {"windows": 2, "length": 32}
+    with pytest.raises(QuantkitError, match="no tokenizer"):
         quantkit.evaluate(tmp_path / "native", text, **given)
     found = quantkit.evaluate(source, text, against=str(tmp_path / "native"), **given)
     assert found.against is not None
     assert found.against.kl == 0
 
 
+def test_native_tokenizer(tmp_path: Path, native: Path, text: str) -> None:
+    quantkit.convert(str(native), tmp_path / "hf", "hf")
+    found, same = (quantkit.evaluate(folder, text, windows=2, length=16) for folder in (native, tmp_path / "hf"))
+    assert (found.loss, found.tokens_sha256) == (same.loss, same.tokens_sha256)
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The first line of an error: three lines, exit code 2, no traceback."""
+    capsys.readouterr()  # what was said until here
     with pytest.raises(SystemExit) as ended:
         main(["eval", *map(str, arguments), "--quiet"])
     lines = capsys.readouterr().err.splitlines()
@@ -229,6 +235,7 @@ def test_folders_that_are_no_models(tmp_path: Path, made: Callable[..., Path], t
     assert "the model's vocabulary has 90" in refused(small)
 
 
+@pytest.mark.slow
 def test_quantized_folders_that_do_not_fit_together(
     tmp_path: Path, made: Callable[..., Path], text: str, capsys: Any
 ) -> None:
@@ -276,13 +283,11 @@ def test_quantized_folders_that_do_not_fit_together(
         lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)}),
     )
     assert "both quantized and dense" in refused(twice)
-    wild = edit(
-        strange(made(**RTN), tmp_path / "wild"), lambda t: t["model.layers.0.mlp.up_proj.g_idx"].fill_(1000) and None
-    )
+    wild = edit(strange(made(**RTN), tmp_path / "wild"), lambda t: t["model.layers.0.mlp.up_proj.g_idx"].fill_(1000))
     assert "does not decode" in refused(wild)
     lost = edit(
         strange(made(**BNB), tmp_path / "bnb"),
-        lambda t: t.pop("model.layers.0.mlp.up_proj.weight.absmax") and None,
+        lambda t: t.pop("model.layers.0.mlp.up_proj.weight.absmax"),
     )
     assert "companions missing" in refused(lost)
 
