@@ -197,9 +197,11 @@ def _needs(facts: CardFacts) -> list[str]:
     return own + [f"{name}>={FLOORS[name]}" for name in names]
 
 
-def _percent(value: float) -> _Markdown:
+def _percent(value: float | None) -> _Markdown:
     """Always ten characters."""
-    return _Markdown(f"{min(value, 99.99999) * 100:8.3f} %" if math.isfinite(value) else "     n/a %")
+    if value is None or not math.isfinite(value):
+        return _Markdown("     n/a %")
+    return _Markdown(f"{min(value, 99.99999) * 100:8.3f} %")
 
 
 def _count(value: int) -> _Markdown:

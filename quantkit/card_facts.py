@@ -13,7 +13,9 @@ from quantkit.parent_card import ParentCard
 class ErrorRow:
     """Relative Frobenius error, |restored - original| / |original|, over the tensors of one kind of module.
 
-    output: of a calibrated method, the energy of the error in the module's output relative to that of the output."""
+    output: of a calibrated method, the energy of the error in the module's output relative to that of the output, the
+    mean of the tensors that did not fall back to rounding; None if there are none.
+    """
 
     kind: str
     tensors: int

@@ -187,7 +187,8 @@ def _measured(report: Report, *, calibrated: bool) -> dict[str, Any]:
     """What is noted of one tensor."""
     row: dict[str, Any] = {"error": _short(report.relative_error)}
     if calibrated:
-        row |= {"output_error": _short(report.output_error), "fallback": report.fallback}
+        known = report.output_error
+        row |= {"output_error": None if known is None else _short(known), "fallback": report.fallback}
     return row
 
 
@@ -202,8 +203,12 @@ def _error_row(
         "weights": sum(math.prod(shapes[n]) for n in names),
         "mean": _short(math.sqrt(error / norm) if norm > 0 else 0.0),
         "worst": _short(max(r.relative_error for r in reports)),
-        **({"output": _short(math.fsum(r.output_error for r in reports) / len(reports))} if calibrated else {}),
+        **({"output": _mean([r.output_error for r in reports if r.output_error is not None])} if calibrated else {}),
     }
+
+
+def _mean(values: list[float]) -> float | None:
+    return _short(math.fsum(values) / len(values)) if values else None
 
 
 def _tensor_row(unit: Unit) -> dict[str, Any]:

@@ -15,15 +15,12 @@ from quantkit.foreign import foreign_weights
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.base import MANIFEST
 from quantkit.methods.base import Selection, WeightSpec
-from quantkit.packed import UNDECODABLE, Packed, check, decoded, load_tensor
+from quantkit.packed import UNDECODABLE, Packed, check, decoded
 from quantkit.publication import FORMAT
 from quantkit.recipe import Native, Quantize, build_recipe
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["UNDECODABLE", "Packed", "RestoredWeights", "decoded", "load_tensor", "open_files", "open_source",
-           "packed_weights"]  # fmt: skip
 
 # What a loader goes by; the rest of a quantization_config names layers, versions and what the quantizer did.
 _TELLING = ("quant_method", "format", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "load_in_4bit",

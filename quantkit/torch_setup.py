@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from contextlib import suppress
 
 import torch
@@ -15,11 +16,13 @@ def prepare_torch(threads: int) -> None:
     """Threads of a matrix product; products of float32 by oneDNN where that costs no precision.
 
     oneDNN is 2.2 times as fast as MKL on AMD's processors. torch takes it for float32 when inputs may be rounded to
-    bf16, which it does only on processors with AMX: there, nothing is changed.
+    bf16, which it does on x86 only with AMX. There, on other processors, and where torch is too old to be asked,
+    nothing is changed.
     """
     torch.set_num_threads(threads)
-    if not torch.cpu._is_amx_tile_supported():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is not None and platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_amx_tile_supported():
+        matmul.fp32_precision = "bf16"
     _keep_freed_memory()
 
 

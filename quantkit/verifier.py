@@ -25,7 +25,8 @@ from quantkit.output import COMMITS, WEIGHT_SUFFIXES
 from quantkit.packed import UNDECODABLE, Packed, decoded
 from quantkit.planner import target_of
 from quantkit.publication import FORMAT
-from quantkit.recipe import Native, Quantize, Recipe, build_recipe
+from quantkit.recipe import Quantize, Recipe, build_recipe
+from quantkit.restored import open_source
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
         raise UsageError(
             "the folder has no quantkit.json, so quantkit did not write it", where=str(folder), hint="check the path"
         )
-    parent = _open_parent(folder, source) if source is not None else None
+    parent = open_source(folder, source) if source is not None else None
     check = _Check(folder, console)
     try:
         check.run(parent, quick=quick)
@@ -74,17 +75,6 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
         check.equal,
         dict(check.errors),
     )
-
-
-def _open_parent(folder: Path, source: Path) -> Checkpoint:
-    """The source as it was read when the folder was made: in its layout, and with what the user said of it."""
-    try:
-        manifest = read_json(folder / "quantkit.json")
-        native = Native.model_validate(manifest["recipe"].get("native", {})).options
-        layout = manifest["source"].get("layout", "hf")
-    except (QuantkitError, KeyError, TypeError, AttributeError, ValueError):  # it is judged, and named, later
-        return open_checkpoint(source)
-    return open_checkpoint(source, native=native, prefer="hf" if layout == "hf" else "mistral")
 
 
 class _Check:

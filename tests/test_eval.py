@@ -247,7 +247,8 @@ def test_real_model_by_the_protocol_of_its_peers(tmp_path: Path) -> None:
     with torch.no_grad():
         for i in range(12):
             row = ids[i * 1024 : (i + 1) * 1024][None]
-            logits = whole(row).logits.float()[0, :-1]
+            # In float64: torch's float32 cross_entropy loses 8e-6 nats in summing up a vocabulary of this size.
+            logits = whole(row).logits[0, :-1].double()
             loss += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
-    assert perplexity == pytest.approx(math.exp(loss / (12 * 1023)), rel=1e-5)
+    assert perplexity == pytest.approx(math.exp(loss / (12 * 1023)), rel=1e-6)
     assert perplexity == pytest.approx(21.129, rel=1e-4)

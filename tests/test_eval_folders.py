@@ -235,7 +235,6 @@ def test_folders_that_are_no_models(tmp_path: Path, made: Callable[..., Path], t
     assert "the model's vocabulary has 90" in refused(small)
 
 
-@pytest.mark.slow
 def test_quantized_folders_that_do_not_fit_together(
     tmp_path: Path, made: Callable[..., Path], text: str, capsys: Any
 ) -> None:

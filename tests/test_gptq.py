@@ -173,26 +173,51 @@ def _kill(tmp_path: Path, times: int) -> None:
     assert not (tmp_path / "out" / ".quantkit").exists()
 
 
-def test_hidden_states_lost(tmp_path: Path) -> None:
-    """What a killed run left of its scratch is gone: the layers are solved again, and the bytes are the same."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_interrupted_in_a_later_layer(tmp_path: Path, lost: bool) -> None:
+    """Finished layers are kept; all are solved again if the hidden states behind them are gone. The bytes are the same
+    in any case."""
     source = build(tmp_path / "source", num_hidden_layers=4)
     quantkit.quantize(str(source), tmp_path / "whole", recipe(source))
     from quantkit.layer_runner import LayerRun
 
-    def stop(self: LayerRun, *arguments: Any) -> Any:
-        if len(self.reports) > 10:
+    groups: list[tuple[str, ...]] = []
+    stop_after = 10  # of the 16 groups: within the third layer
+
+    def note(self: LayerRun, group: tuple[str, ...], *arguments: Any) -> Any:
+        if len(groups) == stop_after:
             raise KeyboardInterrupt
-        return solve(self, *arguments)
+        groups.append(group)
+        return solve(self, group, *arguments)
 
     solve = LayerRun._solve
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerRun, "_solve", stop)
+        patch.setattr(LayerRun, "_solve", note)
         with pytest.raises(QuantkitError, match="interrupted"):
             quantkit.quantize(str(source), tmp_path / "out", recipe(source))
-    shutil.rmtree(tmp_path / "out" / ".quantkit" / "hidden")
-    quantkit.quantize(str(source), tmp_path / "out", recipe(source))
+        if lost:
+            shutil.rmtree(tmp_path / "out" / ".quantkit" / "hidden")
+        groups, stop_after = [], -1
+        quantkit.quantize(str(source), tmp_path / "out", recipe(source))
+    assert len(groups) == (16 if lost else 8)
+    assert all(".0." in group[0] or ".1." in group[0] for group in groups[:8]) == lost
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert same[0] == same[1]
+
+
+def test_a_linear_that_nothing_calls(tmp_path: Path) -> None:
+    """Its inputs are not known: it is rounded, and that is said."""
+    source = build(tmp_path / "source", num_hidden_layers=1)
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x))))
+        quantkit.quantize(str(source), tmp_path / "out", recipe(source))
+    rows = {r["name"]: r for r in manifest(tmp_path / "out")["tensors"] if r["quantized"]}
+    assert [name for name, row in rows.items() if row["fallback"]] == ["model.layers.0.mlp.up_proj.weight"]
+    assert rows["model.layers.0.mlp.up_proj.weight"]["output_error"] is None
+    assert "n/a %" in (tmp_path / "out" / "README.md").read_text()
+    assert not quantkit.verify(tmp_path / "out", source=str(source)).problems
 
 
 def poison(source: Path, letters: str) -> None:
@@ -228,6 +253,7 @@ def test_experts_with_few_tokens_fall_back(tmp_path: Path) -> None:
     fallen = [r["name"] for r in rows if r["fallback"]]
     assert fallen
     assert all("experts" in name for name in fallen)
+    assert all((row["output_error"] is None) == row["fallback"] for row in rows)
     assert manifest(tmp_path / "out")["calibration"]["fallbacks"] == len(fallen)
     assert f"{len(fallen):>15,d}" in (tmp_path / "out" / "README.md").read_text()
 

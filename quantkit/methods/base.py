@@ -41,21 +41,21 @@ class Report:
     """What encoding one tensor cost: Σ(w − ŵ)² and Σw² over the sampled weights, and how many were not finite.
 
     Of a calibrated method also the energy of the error in its output relative to that of the output, over the
-    calibration text, and whether it fell back to plain rounding.
+    calibration text, None where it is not known, and whether it fell back to plain rounding.
     """
 
     squared_error: float
     squared_norm: float
     nonfinite: int = 0
-    output_error: float = 0.0
+    output_error: float | None = None
     fallback: bool = False
 
-    def row(self) -> list[float]:
+    def row(self) -> list[float | None]:
         """As the journal keeps it."""
         return [self.squared_error, self.squared_norm, self.nonfinite, self.output_error, float(self.fallback)]
 
     @classmethod
-    def from_row(cls, row: Sequence[float]) -> Report:
+    def from_row(cls, row: Sequence[Any]) -> Report:
         error, norm, nonfinite, output_error, fallback = row
         return cls(error, norm, int(nonfinite), output_error, bool(fallback))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +114,33 @@ def test_same_bytes_for_any_number_of_threads(n: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert len(found) == 1
+
+
+MEASURE = """
+import resource, torch
+from quantkit.solvers.gptq import Settings, solve
+from quantkit.solvers.grids import Grid
+
+def now():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def run(n):
+    hessian = torch.eye(n)
+    hessian[0] = hessian[:, 0] = 0.001
+    hessian[5, 5] = 0  # the way with dead columns, too
+    weight = torch.randn(16, n, generator=torch.Generator().manual_seed(0))
+    before = now()
+    solve(weight, hessian, Settings(Grid(4), passes=1, refits=1))
+    peak = int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
+    return (peak - before) / (4 * n * n)
+
+torch.set_num_threads(1)
+run(600)  # what is compiled and reserved once
+print(run(4096))
+"""
+
+
+def test_one_matrix_besides_the_hessian() -> None:
+    """Measured by what the process ever held, in matrices of 4096 × 4096; products need some 20 MB more."""
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True, timeout=120)
+    assert 0.95 < float(done.stdout) < 1.6
