@@ -64,7 +64,7 @@ class CardFacts:
     error_note: str
     nonfinite: tuple[tuple[str, int], ...]  # kind of module, weights that are NaN or infinite in the source
     files: tuple[FileRow, ...]
-    loader: Literal["transformers", "quantkit", "gptqmodel"]
+    loader: Literal["transformers", "quantkit", "gptqmodel", "none"]
     chat: bool
     warnings: tuple[str, ...]
     config: Mapping[str, Any]

@@ -47,10 +47,6 @@ QUANTIZED_MARKS = (".qweight", ".qzeros", ".weight.absmax", ".SCB", ".weight_sca
                    ".weight_packed", ".weight.quant_map")  # fmt: skip
 # Where config.json says how long a text may be.
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-EXPERTS_WARNING = (
-    "transformers 5 with optimum fills the experts of this folder with random numbers, and only a line of its loading "
-    "report says so; load it with gptqmodel itself, or with an engine that keeps experts apart"
-)
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -161,19 +157,21 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
         _memory(units, recipe, chosen, target, checkpoint, tokens), tuple(warnings), {},
         tokens, _streams(recipe, tokens),
     )  # fmt: skip
-    loader = _loader(recipe, chosen, target)
+    loader, _ = _loader(recipe, chosen, target)
     draft = draft_manifest(plan, checkpoint, target, chosen.selection, loader)
     plan = replace(plan, draft=draft)
     return replace(plan, files=tuple(_files(plan)))
 
 
-def _loader(recipe: Recipe, chosen: _Chosen, target: Target) -> str:
-    """Which program the card shows for loading the result."""
+def _loader(recipe: Recipe, chosen: _Chosen, target: Target) -> tuple[str, str]:
+    """Which program the card shows for loading the result, and what is to be said of others."""
     if target.layout != "hf":
-        return "mistral-inference"
-    if not chosen.warning or recipe.quantize is None:
-        return "transformers"
-    return "quantkit" if recipe.quantize.method == "bnb" else "gptqmodel"
+        return "mistral-inference", ""
+    if recipe.quantize is None:
+        return "transformers", ""
+    if (known := recipe.quantize.implementation.loader) is not None:
+        return known(chosen.architecture, recipe.quantize.params)
+    return "quantkit" if chosen.warning else "transformers", chosen.warning
 
 
 def target_of(recipe: Recipe, checkpoint: Checkpoint, *, tokenizer: bool = True) -> Target:
@@ -436,9 +434,8 @@ def _misfits(checkpoint: Checkpoint, tensors: Sequence[SourceTensor], chosen: _C
 
 
 def _warnings(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Target, shards: int) -> list[str]:
-    warnings = [chosen.warning] if chosen.warning else []
-    if recipe.quantize is not None and recipe.quantize.method != "bnb":
-        warnings = [EXPERTS_WARNING] if any(x.expert for x in chosen.linears.values()) else []
+    _, about_loaders = _loader(recipe, chosen, target)
+    warnings = [about_loaders] if about_loaders else []
     if recipe.quantize is not None:
         warnings += recipe.quantize.implementation.reader_notes(chosen.selection, recipe.quantize.params)
     by_reason: dict[str, list[str]] = {}

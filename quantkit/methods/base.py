@@ -126,6 +126,8 @@ class Method(Generic[P]):
     companions do not fit the weight.
     config: what goes into config.json as `quantization_config`, from the source's dtype and the modules left alone.
     resolve: the parameters with nothing left open, for these weights. refuses: why a weight must stay dense, or None.
+    loader: by architecture, the program that loads the folder ("none" if none that was tried does) and a warning about
+    others; None: transformers, or quantkit.load where the architecture's row warns.
     extra_files: written beside config.json, from its quantization_config. reader_notes: what readers cannot be told.
     Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from weights float32
     [out, in] that share their inputs and the statistics of these. Of methods whose weights are codes: pack, these as
@@ -147,6 +149,7 @@ class Method(Generic[P]):
     refuses: Callable[[WeightSpec, P], str | None] = lambda _spec, _params: None
     extra_files: Callable[[Mapping[str, Any]], dict[str, bytes]] = lambda _config: {}
     reader_notes: Callable[[Selection, P], tuple[str, ...]] = lambda _selection, _params: ()
+    loader: Callable[[str, P], tuple[str, str]] | None = None
     streams: Callable[[P], tuple[str, ...]] = lambda _params: ()
     solve: Callable[[Mapping[str, Any], Any, P], Iterator[tuple[str, Any]]] | None = None
     pack: Callable[[Coded, WeightSpec, P], dict[str, Array]] | None = None

@@ -187,6 +187,7 @@ def _method(name: str, bits: int) -> Method[Any]:
         refuses=gptq_format.refuses,
         extra_files=gptq_config.extra_files,
         reader_notes=partial(gptq_config.reader_notes, bits),
+        loader=gptq_config.loader,
         streams=_streams if calibrated else lambda _: (),
         solve=partial(_solve, bits) if calibrated else None,
         pack=partial(_pack, bits),

@@ -19,6 +19,29 @@ from quantkit.methods.base import Selection
 from quantkit.methods.gptq_format import Grouped
 from quantkit.version import __version__
 
+# By architecture: who loads a folder in GPTQ's format, as far as it was run (tests/interop), and what others make of
+# it. Where nothing stands, both GPTQModel 7.7 and transformers 5.23 with optimum 2.3 load it right.
+_EXPERTS = (
+    "transformers 5 with optimum fills the experts of this folder with random numbers, and only a line of its loading "
+    "report says so; load it with gptqmodel"
+)
+LOADERS = {
+    "falcon": ("gptqmodel", "transformers with optimum computes wrong numbers for Falcon; load it with gptqmodel"),
+    "gpt2": ("gptqmodel", "transformers with optimum does not load GPT-2 in this format; gptqmodel does"),
+    "phi3": ("transformers", "gptqmodel 7.7 looks for the parts of this model's fused layers and does not load it"),
+    "qwen2_moe": ("gptqmodel", _EXPERTS),
+    "qwen3_moe": ("gptqmodel", _EXPERTS),
+    "mixtral": (
+        "none",
+        "transformers 5 with optimum fills the experts of this folder with random numbers, and gptqmodel 7.7 looks for "
+        "them under other names: neither can load it; engines that keep Mixtral's own names may, which was not tried",
+    ),
+}
+UNTRIED = (
+    "compressed-tensors folders of this architecture were not tried with any reader: its layers are not plain "
+    "nn.Linear modules in transformers"
+)
+
 # Linears that have the same inputs, so that GPTQ rounds them together, and vLLM computes them as one.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
@@ -74,6 +97,14 @@ def _siblings(a: str, b: str) -> bool:
     return parent == other and any(one in names and two in names for names in SIBLINGS)
 
 
+def loader(architecture: str, params: Grouped) -> tuple[str, str]:
+    """Which program loads the folder, "none" if no one that was tried does, and a warning about the others or ""."""
+    if params.format == "gptq":
+        return LOADERS.get(architecture, ("transformers", ""))
+    odd = architecture in ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe")
+    return ("none", UNTRIED) if odd else ("transformers", "")
+
+
 def reader_notes(bits: int, selection: Selection, params: Grouped) -> tuple[str, ...]:
     """What some reader refuses of such a folder."""
     notes = []
@@ -81,6 +112,11 @@ def reader_notes(bits: int, selection: Selection, params: Grouped) -> tuple[str,
         notes.append(
             "gptqmodel refuses asymmetric folders of version 1 that another program wrote; transformers and auto-gptq "
             "read them; gptqmodel and transformers read checkpoint_format gptq_v2"
+        )
+    if params.format == "gptq" and (bits, params.sym, params.group_size) == (4, False, -1):
+        notes.append(
+            "on a CPU, transformers with optimum computes wrong numbers for 4-bit asymmetric weights with one scale a "
+            "row"
         )
     if params.format == "gptq" and (bits not in (4, 8) or not params.sym or params.acting):
         notes.append(

@@ -4,6 +4,7 @@ weights that their layers apply are ours, and so are the logits."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_gptq import build, recipe  # type: ignore[import-not-found]
 from transformers import AutoModelForCausalLM
 
@@ -37,12 +39,13 @@ COMPRESSED = [
     for group in (-1, 32, 128)
     for sym in (True, False)
 ]
+WRONG = {"bits": 4, "group_size": -1, "sym": False}
 # Environment, reader, what it reads, and how far its layers may be from ours, relative to the largest weight.
 READERS: dict[str, tuple[str, str, list[dict[str, Any]], float]] = {
     # It computes in fp16, and takes version 1 with zero points only from itself.
     "gptqmodel": ("gptqmodel", "gptqmodel", [c for c in EVERY if c.get("sym", True)] + V2, 2e-3),
-    # Its kernels for some widths compute in bf16.
-    "transformers and optimum": ("gptqmodel", "transformers", EVERY + V2, 1e-2),
+    # Its kernels for some widths compute in bf16, and that for 4 bits with one asymmetric group a row is wrong.
+    "transformers and optimum": ("gptqmodel", "transformers", [c for c in EVERY if c != WRONG] + V2, 1e-2),
     # It rounds scale times zero to fp16.
     "auto-gptq 0.7.1": ("autogptq", "autogptq", EVERY, 2e-3),
     "compressed-tensors": ("llmcompressor", "transformers", COMPRESSED, 1e-6),
@@ -75,8 +78,10 @@ def ours(source: Path, folder: Path) -> tuple[dict[str, Any], Any]:
     with open_files(checkpoint) as files:
         weights = RestoredWeights(checkpoint, files)
         restored = {n: weights.read(n) for n in weights.names}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    model.load_state_dict(restored, strict=False)
+    dense = folder.with_name(f"{folder.name}-dense")
+    shutil.copytree(source, dense, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file({n: w.contiguous() for n, w in restored.items()}, dense / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     with torch.no_grad():
         logits = model(torch.arange(3, 35)[None]).logits.numpy()
     return {n.removesuffix(".weight"): w.numpy() for n, w in restored.items() if n in weights.packed}, logits
@@ -95,12 +100,15 @@ def test_reads_what_we_write(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
     run_reader(environment, reader, out, folders)
+    apart = {}
     for folder in folders:
         theirs = np.load(out / f"{folder.name}.npz")
         weights, logits = ours(source, folder)
-        for module, weight in weights.items():
-            assert np.abs(theirs[module] - weight).max() <= tolerance * np.abs(weight).max(), (folder.name, module)
-        assert np.abs(theirs["logits"] - logits).max() <= 10 * tolerance * np.abs(logits).max(), folder.name
+        worst = max(float(np.abs(theirs[m] - w).max() / np.abs(w).max()) for m, w in weights.items())
+        predicted = float(np.abs(theirs["logits"] - logits).max() / np.abs(logits).max())
+        if worst > tolerance or predicted > 10 * tolerance:
+            apart[folder.name] = (worst, predicted)
+    assert not apart
 
 
 @pytest.mark.parametrize("environment", ["gptqmodel"])
@@ -119,17 +127,37 @@ def test_layers_left_dense(tmp_path: Path, environment: str, reader: str) -> Non
     assert np.abs(theirs["logits"] - logits).max() <= 0.1 * np.abs(logits).max()
 
 
-def test_experts_in_gptqmodel(tmp_path: Path) -> None:
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3": {}, "gemma3_text": {}, "phi3": {}, "bloom": {}, "gpt2": {}, "falcon": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "qwen3_moe": MOE,
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 128},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures(tmp_path: Path, kind: str) -> None:
+    """The program that the card names loads the folder and predicts what we do; those that it warns of do not."""
     python_of("gptqmodel")
-    source = build(tmp_path / "source", "mixtral", **SIZES, num_local_experts=4, num_experts_per_tok=2)
-    quantkit.quantize(str(source), tmp_path / "experts", recipe(source, samples=8))
-    run_reader("gptqmodel", "gptqmodel", tmp_path, [tmp_path / "experts"])
-    theirs = np.load(tmp_path / "experts.npz")["logits"]
-    checkpoint = open_checkpoint(tmp_path / "experts")
-    text = str(source / "calib.txt")
-    assert quantkit.evaluate(tmp_path / "experts", text, windows=2, length=64).perplexity > 0
-    assert checkpoint.config["num_local_experts"] == 4
-    assert np.isfinite(theirs).all()
+    source = build(tmp_path / "source", kind, vocab_size=320, **OTHERS[kind])  # room for a token that gptqmodel adds
+    plan = quantkit.plan(str(source), recipe(source, samples=4))
+    named = plan.draft["result"]["loader"]
+    quantkit.quantize(str(source), tmp_path / "out", recipe(source, samples=4))
+    _, logits = ours(source, tmp_path / "out")
+    right = {}
+    for reader in ("gptqmodel", "transformers"):
+        place = tmp_path / reader
+        place.mkdir()
+        try:
+            run_reader("gptqmodel", reader, place, [tmp_path / "out"])
+        except AssertionError:
+            right[reader] = False
+            continue
+        # The median: with fp16 a token near the edge may go to another expert.
+        apart = np.abs(np.load(place / "out.npz")["logits"] - logits)
+        right[reader] = bool(np.median(apart) < 2e-3 * np.abs(logits).max())
+    default = kind in ("qwen3", "gemma3_text", "bloom")
+    assert right == {reader: default or reader == named for reader in right}
 
 
 def legacy(source: Path) -> None:

@@ -44,6 +44,8 @@ def main() -> None:
             model = reader(folder)
             found: dict[str, Any] = {}
             with torch.no_grad():
+                # First: compressed-tensors unpacks its layers when the model is first run.
+                found["logits"] = model(torch.arange(3, 35)[None]).logits.float().numpy()
                 for name, module in model.named_modules():
                     width = getattr(module, "in_features", None) or getattr(module, "infeatures", None)
                     if width is None or "layers." not in name:
@@ -51,8 +53,6 @@ def main() -> None:
                     kind = next((p.dtype for p in model.parameters()), torch.float32)
                     plain = module(torch.zeros(1, 1, width, dtype=kind))
                     found[name] = (module(torch.eye(width, dtype=kind)[None]) - plain)[0].T.float().numpy()
-                ids = torch.arange(3, 35)[None]
-                found["logits"] = model(ids).logits.float().numpy()
             np.savez(Path(out) / Path(folder).name, **found)
         except Exception:
             failed += 1
