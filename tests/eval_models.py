@@ -1,4 +1,4 @@
-"""Small models and texts for tests/test_eval*.py, one a kind of architecture."""
+"""Small models and texts for tests/test_eval*.py and test_gptq.py, one a kind of architecture."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": 0,
     "eos_token_id": 0,
 }  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": SIZES,
     "gpt2": {"vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
@@ -27,6 +28,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "falcon": {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "mistral": {**SIZES, "head_dim": 16, "sliding_window": None},
     "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": SIZES,
+    "qwen3": {**SIZES, "head_dim": 32},
+    "qwen2_moe": {**SIZES, **MOE, "shared_expert_intermediate_size": 128},
+    "qwen3_moe": {**SIZES, **MOE, "head_dim": 32},
     "gemma3_text": {**SIZES, "head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0},
 }
 

@@ -9,59 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from eval_models import KINDS, quiet_transformers
+from eval_models import build as build_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
 from quantkit.errors import QuantkitError, RunError, SourceError
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": None, "bos_token_id": 0,
-    "eos_token_id": 0,
-}  # fmt: skip
-KINDS: dict[str, dict[str, Any]] = {
-    "llama": SIZES,
-    "gpt2": {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "bloom": {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4},
-    "falcon": {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        **SIZES,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 128,
-    },
-    "qwen3_moe": {**SIZES, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    "gemma3_text": {**SIZES, "head_dim": 32},
-    "phi3": {**SIZES},
-    "qwen3": {**SIZES, "head_dim": 32},
-}
 TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
 
 
-def build(folder: Path, kind: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
-    """A small model with a byte tokenizer, whose weights are large enough that its layers do something."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**KINDS[kind], **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.08)
-    model.save_pretrained(folder)
-    letters = {chr(i): i for i in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(folder / "tokenizer.json"))
+def build(folder: Path, kind: str = "llama", **changes: Any) -> Path:
+    """A small model, and a text to calibrate on beside it."""
+    build_model(folder, kind, **changes)
     (folder / "calib.txt").write_text(TEXT)
     return folder
 
@@ -82,12 +49,9 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+def _quiet() -> Iterator[None]:
+    with quiet_transformers():
+        yield
 
 
 @pytest.mark.parametrize("kind", KINDS)
