@@ -133,6 +133,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
         *checkpoint.notes,
         *(checkpoint.config_notes if target.layout == "hf" else ()),
         *target.notes,
+        *(tokens.doubts if tokens is not None else ()),
         *_misfits(checkpoint, tensors, chosen),
         *_warnings(units, recipe, chosen, target, len(shards)),
     ]
@@ -292,10 +293,11 @@ def _unit(source: SourceTensor, linear: Linear | None, recipe: Recipe, target: T
     weight = _spec(source, linear, where)
     method = recipe.quantize.implementation
     outputs = tuple(TensorInfo(s.name, s.dtype, s.shape, "", 0) for s in method.outputs(weight, recipe.quantize.params))
+    if method.needs == "hessian" and linear.layer >= 0:
+        return Unit(source, outputs, linear, weight, granule=source.granule, calibrated=True)
     own = method.granule(weight)
     granule = 0 if linear.transposed or not own or not source.granule else math.lcm(source.granule, own)
-    calibrated = method.needs == "hessian" and linear.layer >= 0
-    return Unit(source, outputs, linear, weight, granule=granule, calibrated=calibrated)
+    return Unit(source, outputs, linear, weight, granule=granule)
 
 
 def _refuse_twice(units: Sequence[Unit], where: str) -> None:
@@ -365,9 +367,8 @@ def _memory(
         layers = plan_layers(_layers(units), stream, limit=limit, device=device)
     plan = plan_memory(
         (
-            Work(u.source, u.granule, u.linear is not None, _copies(u, checked=checked))
+            Work(u.source, u.granule, u.linear is not None and not u.calibrated, _copies(u, checked=checked))
             for u in units
-            if not u.calibrated
         ),
         tensors=sum(len(u.outputs) for u in units),
         threads=recipe.resources.threads,

@@ -171,14 +171,15 @@ class _Run:
         # What an earlier run wrote and can be compared is compared again: since then anything may have happened to it.
         self.again = {u.name for u in plan.units if plan.checked and u.linear is None and u.name in done}
         done = {name: report for name, report in done.items() if name not in self.again}
-        self.pending = [u for u in plan.units if u.name not in done and not u.calibrated]
+        # Those to be solved among them: a fault in the last layer should not be found after hours.
+        self.pending = [u for u in plan.units if u.name not in done]
         self.seal = Seal(plan, writer, {name: crc for name, crc in crcs.items() if name in done})
         self.committer = Committer(plan, writer, journal, set(done), self.seal)
         self.hashes = SourceHashes(files, journal, sources)
 
     def run(self, out: Path, layers: LayersDone) -> Measured:
-        calibrated = [u for u in self.plan.units if u.calibrated and u.name not in self.reports]
-        total = sum(u.source.nbytes for u in (*self.pending, *calibrated))
+        calibrated = any(u.calibrated for u in self.pending)
+        total = sum(u.source.nbytes for u in self.pending)
         # Each slab owns a buffer. Reusing them matters: the kernel zeroes fresh memory page by page.
         count = self.plan.memory.in_flight
         free = [page_buffer(0) for _ in range(count)]
@@ -233,7 +234,8 @@ class _Run:
         for unit in self.pending:
             size = slab_elements(unit.source, unit.granule, self.plan.memory.slab)
             encoder = None
-            if unit.weight is not None and (quantize := self.plan.recipe.quantize) is not None:
+            quantize = self.plan.recipe.quantize
+            if unit.weight is not None and quantize is not None and not unit.calibrated:
                 encoder = quantize.implementation.encoder(
                     unit.weight, quantize.params, self.plan.recipe.resources.device
                 )
@@ -251,13 +253,15 @@ class _Run:
 
     def _slab(self, state: _Open, start: int, raw: list[Array]) -> bool:
         """Arranges, encodes or copies, and writes one slab, in a worker. Finishes the unit with its last one, and says
-        so."""
+        so. What is solved later is only looked through."""
         unit, source = state.unit, state.unit.source
         x = source.arrange(raw, start)
         main = unit.outputs[0]
         zeroed = 0
         if self.plan.recipe.quantize is not None and source.dtype in FLOATS:
             zeroed = self._check_finite(unit, start, x)
+        if unit.calibrated:
+            return False
         if state.encoder is None:
             offset = main.offset + start * DTYPE_BITS[source.dtype] // 8
             if not (unit.name in self.again and self._maps_back(unit, raw, x, offset)):

@@ -21,6 +21,7 @@ from quantkit.calibration.data_text import Document, Source, open_source
 from quantkit.calibration.data_tokenizer import read_tokenizer
 from quantkit.errors import InputError, RecipeError, SourceError
 
+FEW_DISTINCT = 50
 LENGTH = 1024
 # With a seed, rows are drawn from so many tokens at the beginning of a text, or from four times what is asked for. More
 # would not make better rows, and nobody waits for a tokenizer to read a whole crawl.
@@ -62,6 +63,16 @@ class Tokens:
     text_sha256: str
     available: int | None
     seed: int | None
+
+    @property
+    def doubts(self) -> list[str]:
+        """What speaks against the text as one to calibrate on."""
+        rows, distinct = len(self.ids), len(np.unique(self.ids))
+        same = rows - len(np.unique(self.ids, axis=0))
+        found = [f"{same:,} of {rows:,} calibration rows repeat others: they add nothing"] if same else []
+        if distinct < FEW_DISTINCT:
+            found.append(f"the calibration text has {distinct} different tokens: it says little of how a model is used")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """All but the ids, whose hash stands for them."""

@@ -50,7 +50,7 @@ class Chats:
         tokenizer = None if self.folder is None else load_with_transformers(self.folder)
         if getattr(tokenizer, "chat_template", None) is None:
             raise SourceError(
-                "the calibration text holds chats, and the model has no chat template",
+                "the text holds chats, and the model has no chat template",
                 where="the native layout has none" if self.folder is None else str(self.folder),
                 hint="add its chat_template.jinja, or name a text in which each document is a string",
             )

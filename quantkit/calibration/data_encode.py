@@ -74,7 +74,7 @@ class TextTokenizer(ABC):
                 return ids[:wanted]
             piece *= 4
         raise InputError(
-            f"the calibration text has {MAX_PIECE >> 20} million characters without words to cut it at",
+            f"the text has {MAX_PIECE >> 20} million characters without words to cut it at",
             where=self.where, hint="this is no text: name another file",
         )  # fmt: skip
 

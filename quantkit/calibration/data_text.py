@@ -86,7 +86,7 @@ def _file(path: Path, name: str, folder: Path | None) -> Source:
         raise InputError(f"{name} is not a file", where=where, hint="name a file")
     if path.suffix.lower() not in ENDINGS:
         raise InputError(
-            f"{name} is no calibration text: nothing is known of files that end in {path.suffix!r}",
+            f"{name} is no text to read: nothing is known of files that end in {path.suffix!r}",
             where=where, hint=f"name a file that ends in {', '.join(ENDINGS)}",
         )  # fmt: skip
     chats = Chats(folder)

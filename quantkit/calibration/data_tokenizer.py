@@ -119,7 +119,7 @@ def _optional(folder: Path, name: str) -> dict[str, Any]:
 def _by_transformers(folder: Path) -> TextTokenizer:
     if not any((folder / name).exists() for name in OTHERS):
         raise SourceError(
-            "the model folder has no tokenizer, and calibration reads a text",
+            "the model folder has no tokenizer, and a text is to be read",
             where=str(folder), hint=f"add {FILE} and {CONFIG}, as the model's publisher has them",
         )  # fmt: skip
     tokenizer = load_with_transformers(folder)

@@ -233,7 +233,7 @@ class Stream:
             raise RunError(
                 f"activations are not finite in {len(self.excluded)} of {len(self.ids)} calibration rows",
                 where=f"layer {layer}",
-                hint="the model overflows on this text; try another --calib, or --method rtn, which needs none",
+                hint="the model overflows on this text, or holds such values itself; try another --calib, or --method rtn",
             )
 
     @contextmanager

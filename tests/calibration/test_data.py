@@ -305,9 +305,9 @@ BAD_FILES: dict[str, tuple[Make, str]] = {
     "a strange revision": (lambda _: "org/name@../x", "there is no file"),
     "a folder": (lambda folder: folder, "is a folder"),
     "a pipe": (piped, "p.txt is not a file"),
-    "a strange name": (written("\x1b[2J.csv", b"a"), "\ufffd[2J.csv is no calibration text"),
+    "a strange name": (written("\x1b[2J.csv", b"a"), "\ufffd[2J.csv is no text to read"),
     "a dangling link": (dangling, "d.txt is not a file"),
-    "another ending": (written("t.csv", b"a"), "t.csv is no calibration text: nothing is known of files that end in"),
+    "another ending": (written("t.csv", b"a"), "t.csv is no text to read: nothing is known of files that end in"),
     "packed": (written("t.jsonl.gz", b"a"), "files that end in '.gz'"),
     "no UTF-8": (written("t.txt", "déjà vu".encode("latin-1") * 99), "t.txt is not UTF-8 text"),
     "cut UTF-8": (written("t.txt", "déjà".encode()[:-1]), "t.txt is not UTF-8 text"),
@@ -368,7 +368,7 @@ def test_chats_without_a_template(tmp_path: Path) -> None:
     for tokenizer in (PLAIN, folder_of(tmp_path / "m", byte_level())):
         with pytest.raises(SourceError, match="the model has no chat template") as raised:
             load(path, tokenizer)
-        assert_three_lines(raised.value, "the calibration text holds chats")
+        assert_three_lines(raised.value, "the text holds chats")
 
 
 @pytest.mark.parametrize(
