@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,15 @@ def same(a: Solved, b: Solved) -> bool:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_beats_rounding_to_nearest(bits: int, group_size: int, order: Any, symmetric: bool) -> None:
     weight, hessian = layer(32, 256)
-    solved = solve(weight, hessian, Settings(Grid(bits, group_size, symmetric), order))
-    report = solved.report
+    plain = Settings(Grid(bits, group_size, symmetric), order, passes=0, refits=0)
+    report = solve(weight, hessian, plain).report
     assert report.loss is not None
     assert report.rtn_loss is not None
-    assert report.loss < 0.75 * report.rtn_loss
-    assert (report.fallback, report.kept_rtn, report.dead, report.damp) == (False, False, 0, 0.01)
-    refined = solve(weight, hessian, Settings(Grid(bits, group_size, symmetric), order, passes=2, refits=1))
+    assert report.loss < 0.8 * report.rtn_loss
+    assert (report.fallback, report.kept_rtn, report.dead, report.damp) == (False, False, 0, 0.03)
+    refined = solve(weight, hessian, replace(plain, passes=1, refits=2))
     assert refined.report.loss is not None
-    assert refined.report.loss < 0.95 * report.loss
+    assert refined.report.loss < 0.995 * report.loss  # it goes down the damped loss, of which this is a part
 
 
 def test_groups_follow_the_order_only_if_they_are_asked_to() -> None:
@@ -134,15 +135,13 @@ def test_rows_do_not_know_each_other() -> None:
 def test_same_bytes_twice_and_for_any_number_of_threads(order: Any) -> None:
     weight, hessian = layer(77, 650)
     how = Settings(Grid(4, 128, False), order, passes=2, refits=2)
-    before = torch.get_num_threads()
-    try:
-        solved = []
-        for threads in (1, 1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            solved.append(solve(weight, hessian, how))
-    finally:
-        torch.set_num_threads(before)
+    solved, shifted = [], set()
+    for threads in (1, 1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        solved.append(solve(weight, hessian, how))
+        shifted.add(shift_target(weight, hessian, weight @ torch.eye(650), 1.0, 0.1).numpy().tobytes())
     assert all(same(solved[0], other) for other in solved[1:])
+    assert len(shifted) == 1
 
 
 def test_inputs_are_left_alone() -> None:
