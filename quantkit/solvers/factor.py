@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from quantkit.solvers.threads import in_threads, runs
-from quantkit.solvers.triangular import cholesky, inverse_diagonal
+from quantkit.solvers.triangular import cholesky
 
 CHUNK = 256  # rows at a time
 
@@ -30,17 +29,6 @@ class Factor:
     scale: float
     damp: float
     dead: Tensor
-
-    @cached_property
-    def importance(self) -> Tensor:
-        """float32 [n], 1 / [(H / scale + damp · I)⁻¹]_kk by column: what an error of column k costs when all others
-        make up for it as well as they can. The diagonal of H is what it costs when none does; scales searched with that
-        lose 6 % more (12 matrices of SmolLM2-135M, 3 and 4 bits, inputs not seen).
-        """
-        importance = torch.empty_like(self.pivots)
-        importance[self.position] = inverse_diagonal(self.lower, self.pivots).reciprocal_()
-        importance[self.dead] = self.damp
-        return importance
 
 
 def dampings(damp: float) -> Iterator[float]:

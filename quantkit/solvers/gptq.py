@@ -126,7 +126,7 @@ def _solve(
     grid = settings.grid
     order = processing_order(hessian, settings.order)
     factor = factorize(hessian, order, settings.damp) if factor is None else factor
-    importance = None if factor is None else factor.importance
+    importance = None if factor is None else hessian.diagonal() / factor.scale + settings.damp
     group = grid.natural(weight.shape[1], weight.device)
     if settings.order == "group":
         group = torch.empty_like(group).index_copy(0, order, group)
@@ -178,25 +178,22 @@ def _refined(
     return projection, codes
 
 
-def shift_target(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, ridge: float) -> Tensor:
-    """W + alpha·(G − W·H)·(H + ridge·mean(diag H)·I)⁻¹, float32 [rows, columns]: where the weight must go to make up
-    for inputs that are not those it was trained on.
+def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """(G − W·H)·(H + ridge·mean(diag H)·I)⁻¹, float32 [rows, columns], in place of G: how far the weight must go to
+    make up for inputs that are not those it was trained on.
 
     cross: G float32 [rows, columns], Σ y·xᵀ of the outputs y wanted and the inputs x there are, in the unit of H = Σ
-    x·xᵀ. alpha: the part of the way that is gone. The weight itself where the Hessian has no factor. One more matrix of
-    the Hessian's size is held.
+    x·xᵀ. Nothing where the Hessian has no factor. One more matrix of the Hessian's size is held.
     """
     with torch.no_grad():
         factor = factorize(hessian, torch.arange(hessian.shape[0] - 1, -1, -1, device=hessian.device), ridge)
         if factor is None:
-            return weight
-        shifted = torch.empty_like(weight)
+            return cross.zero_()
 
         def some(rows: slice) -> None:
-            missing = torch.addmm(cross[rows], weight[rows], hessian, alpha=-1).div_(factor.scale)
+            missing = cross[rows].addmm_(weight[rows], hessian, alpha=-1).div_(factor.scale)
             missing[:, factor.dead] = 0
             solve_symmetric(factor.lower, factor.pivots, missing)
-            torch.add(weight[rows], missing, alpha=alpha, out=shifted[rows])
 
         in_threads(some, parts(weight.shape[0], weight.device), weight.device)
-        return shifted
+        return cross

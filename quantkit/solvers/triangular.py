@@ -8,7 +8,6 @@ from torch import Tensor
 from quantkit.kernels.cholesky import factor_corner
 from quantkit.kernels.cholesky import substitute as kernel
 from quantkit.solvers.projection import arrays
-from quantkit.solvers.quadratic import row_products
 from quantkit.solvers.threads import in_threads, runs
 
 PANEL = 512  # columns that are factored before the next ones are looked at
@@ -76,31 +75,6 @@ def substitute(upper: Tensor, right: Tensor) -> Tensor:
         x[:, start:stop] = block
         x[:, stop:].addmm_(block, upper[start:stop, stop:], alpha=-1)
     return x
-
-
-def inverse_diagonal(lower: Tensor, pivots: Tensor) -> Tensor:
-    """float32 [n], the diagonal of (L·D²·Lᵀ)⁻¹ = L⁻ᵀ·D⁻²·L⁻¹, from panels of L⁻¹ that are not kept.
-
-    lower: L, float32 [n, n], unit lower triangular; pivots: D, float32 [n].
-    """
-    n = lower.shape[0]
-    diagonal = torch.empty_like(pivots)
-
-    def panel(columns: slice) -> None:
-        left = columns.start
-        inverse = lower.new_zeros((n - left, columns.stop - left))  # rows left … n − 1 of these columns of L⁻¹
-        inverse.diagonal().fill_(1)
-        for start in range(left, n, STEP):
-            stop = min(start + STEP, n)
-            # X with L·X = B is the transpose of X' with X'·Lᵀ = B'.
-            block = substitute(lower[start:stop, start:stop].mT, inverse[start - left : stop - left].mT).mT
-            inverse[start - left : stop - left] = block
-            inverse[stop - left :].addmm_(lower[stop:, start:stop], block, alpha=-1)
-        inverse = inverse.div_(pivots[left:, None]).mT.contiguous()
-        diagonal[columns] = row_products(inverse, inverse)
-
-    in_threads(panel, runs(0, n, ROWS, lower.device), lower.device)
-    return diagonal
 
 
 def solve_symmetric(lower: Tensor, pivots: Tensor, right: Tensor) -> None:

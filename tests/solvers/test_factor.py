@@ -43,17 +43,6 @@ def test_product_is_the_damped_hessian_in_the_order_of_rounding(n: int, unit: fl
     assert (factor.lower.diagonal() == 1).all()
 
 
-def test_importance_is_what_a_column_costs_when_the_others_make_up_for_it() -> None:
-    _, hessian = layer(1, 90)
-    hessian[4] = 0
-    hessian[:, 4] = 0
-    factor = factorize(hessian, torch.randperm(90, generator=torch.Generator().manual_seed(0)), 0.02)
-    assert factor is not None
-    expected = 1 / np.linalg.inv(oracle.damped(hessian.double().numpy(), 0.02)[0]).diagonal()
-    expected[4] = 0.02  # no input, no more than the damping
-    np.testing.assert_allclose(factor.importance.numpy(), expected, rtol=1e-3)
-
-
 def test_dead_columns_are_strangers_even_where_the_hessian_says_otherwise() -> None:
     _, hessian = layer(1, 50)
     hessian.diagonal()[7] = 0  # a sum of squares that has left float32 from below may leave this
@@ -119,7 +108,7 @@ def test_same_bytes_for_any_number_of_threads(n: int) -> None:
         torch.set_num_threads(threads)
         factor = factorize(hessian, torch.arange(n), 0.01)
         assert factor is not None
-        found.add(b"".join(part.numpy().tobytes() for part in (factor.lower, factor.pivots, factor.importance)))
+        found.add(b"".join(part.numpy().tobytes() for part in (factor.lower, factor.pivots)))
     assert len(found) == 1
 
 

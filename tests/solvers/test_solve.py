@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layers import layer
 from oracle import gptq as oracle
 
-from quantkit.solvers.gptq import Settings, Solved, factor_for, shift_target, solve
+from quantkit.solvers.gptq import Settings, Solved, factor_for, solve, step_toward
 from quantkit.solvers.grids import Grid, rtn
 
 ORDERS = ["static", "none", "group"]
@@ -139,7 +139,7 @@ def test_same_bytes_twice_and_for_any_number_of_threads(order: Any) -> None:
     for threads in (1, 1, 2, 3, 16):
         torch.set_num_threads(threads)
         solved.append(solve(weight, hessian, how))
-        shifted.add(shift_target(weight, hessian, weight @ torch.eye(650), 1.0, 0.1).numpy().tobytes())
+        shifted.add(step_toward(weight, hessian, weight @ torch.eye(650), 0.1).numpy().tobytes())
     assert all(same(solved[0], other) for other in solved[1:])
     assert len(shifted) == 1
 
@@ -153,8 +153,8 @@ def test_inputs_are_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
-def test_shifted_target() -> None:
-    """With the outputs of the true inputs wanted and disturbed ones there, the shift is the ridge regression."""
+def test_step_toward_what_is_wanted() -> None:
+    """With the outputs of the true inputs wanted and disturbed ones there, the step is the ridge regression."""
     weight, _ = layer(6, 40)
     generator = torch.Generator().manual_seed(9)
     true = torch.randn(200, 40, generator=generator)
@@ -164,14 +164,14 @@ def test_shifted_target() -> None:
     w, h, g = (part.double().numpy() for part in (weight, hessian, cross))
     damped, dead = oracle.damped(h, 0.01)
     mean = np.diag(h)[~dead].mean()
-    expected = w + 0.5 * np.linalg.solve(damped * mean, (g - w @ h).T).T
-    shifted = shift_target(weight, hessian, cross, 0.5, 0.01)
-    np.testing.assert_allclose(shifted.numpy(), expected, atol=1e-6)
-    assert torch.equal(shifted[:, 11], weight[:, 11])
+    expected = np.linalg.solve(damped * mean, (g - w @ h).T).T
+    step = step_toward(weight, hessian, cross.clone(), 0.01)
+    np.testing.assert_allclose(step.numpy(), expected, atol=2e-6)
+    assert not step[:, 11].any()
     outputs = true @ weight.T
-    full = shift_target(weight, hessian, cross, 1.0, 1e-6)
+    full = weight + step_toward(weight, hessian, cross.clone(), 1e-6)
     assert (there @ full.T - outputs).square().sum() < (there @ weight.T - outputs).square().sum()
-    assert shift_target(weight, hessian * float("nan"), cross, 1.0, 0.01) is weight
+    assert not step_toward(weight, hessian * float("nan"), cross, 0.01).any()
 
 
 def test_target_is_what_is_come_near_to() -> None:
