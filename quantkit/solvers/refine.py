@@ -29,7 +29,7 @@ def descend(target: Tensor, hessian: Tensor, projection: Projection, codes: Tens
     errors = residual(target, codes, projection)
     for start in range(0, target.shape[1], BLOCK):
         stop = min(start + BLOCK, target.shape[1])
-        gradient = torch.addmm(errors[:, start:stop], errors, hessian[:, start:stop], beta=ridge)
+        gradient = _damped(errors, hessian[:, start:stop], errors[:, start:stop], ridge)
         curvature = hessian[start:stop, start:stop].clone()
         curvature.diagonal().add_(ridge)
         if target.device.type == "cpu":
@@ -84,8 +84,8 @@ def refit(target: Tensor, hessian: Tensor, projection: Projection, codes: Tensor
         columns = _members(projection.group, group)
         levels = codes[:, columns].float() - projection.zeros[:, group : group + 1]
         across = hessian[:, columns]
-        slope = row_products(torch.addmm(errors[:, columns], errors, across, beta=ridge), levels)
-        bend = row_products(torch.addmm(levels, levels, across[columns], beta=ridge), levels)
+        slope = row_products(_damped(errors, across, errors[:, columns], ridge), levels)
+        bend = row_products(_damped(levels, across[columns], levels, ridge), levels)
         step = torch.where(bend > 0, slope / bend, torch.zeros_like(bend))
         better = (scales[:, group].double() + step).clamp(-LARGEST, LARGEST).half().float()
         move = (better - scales[:, group]).double()
@@ -94,6 +94,11 @@ def refit(target: Tensor, hessian: Tensor, projection: Projection, codes: Tensor
         scales[:, group] += move
         errors[:, columns] -= levels.mul_(move[:, None])
     return replace(projection, scales=scales)
+
+
+def _damped(a: Tensor, b: Tensor, c: Tensor, ridge: float) -> Tensor:
+    """a·b + ridge·c. Not by addmm: oneDNN compiles a kernel for each beta, and keeps a thousand of them."""
+    return torch.mm(a, b).add_(c, alpha=ridge)
 
 
 def _members(group: Tensor, number: int) -> Tensor | slice:
