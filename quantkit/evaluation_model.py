@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from quantkit.errors import RunError, SourceError
 from quantkit.layouts import Checkpoint
 from quantkit.planner import CONTEXTS
 from quantkit.restored import RestoredWeights, open_files
-from quantkit.torch_setup import prepare_torch
+from quantkit.torch_setup import give_back, prepare_torch
 
 CHUNK = 2**22  # logits of a model held at once: 16 MiB, whatever the vocabulary
 FLOAT = 4
@@ -145,10 +144,3 @@ def not_finite(what: str, window: int, folder: Path) -> RunError:
         f"{what} numbers that are not finite, in window {window} of the text", where=str(folder),
         hint="run `quantkit verify` on the folder; the model may overflow on this text, too",
     )  # fmt: skip
-
-
-def give_back() -> None:
-    """Returns freed memory to the system. glibc keeps what a layer's weights took in its heap, in pieces between small
-    objects that stay, and the next layer's do not fit there: ten megabytes a layer of a small model."""
-    with suppress(OSError, AttributeError):  # other libraries have no such function, and no such heap
-        ctypes.CDLL(None).malloc_trim(0)

@@ -17,13 +17,17 @@ COMFORTABLE = 950 * MIB
 FLOAT = 4
 # Tensors of rows that come and go in turn leave holes between them.
 SCATTERED = 1.1
+MOST = 256  # rows that a thread solves at a time: solvers.threads
+PART = 5 * FLOAT  # bytes for each weight of these: its error, what is left to round, products, codes
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer: (rows, columns) of its linears to solve, and the number of its other parameters."""
+    """One decoder layer: (rows, columns) of its linears to solve, of those that are experts', and the number of its
+    other parameters."""
 
     linears: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int], ...]
     others: int
 
 
@@ -59,25 +63,26 @@ class LayerMemory:
         return self.base + self.weights + self.solver + self.activations
 
 
-def plan_layers(layers: Sequence[LayerShape], stream: StreamShape, *, limit: int | None, device: str) -> LayerMemory:
+def plan_layers(
+    layers: Sequence[LayerShape], stream: StreamShape, *, threads: int, limit: int | None, device: str
+) -> LayerMemory:
     """The fastest arrangement within `limit` bytes, or within a comfortable size where none is named.
 
     UsageError if even the leanest needs more than `limit`.
     """
     tokens = stream.rows * stream.length
-    widest = max(columns for layer in layers for _, columns in layer.linears)
-    tallest = max(rows for layer in layers for rows, _ in layer.linears)
-    largest = max(rows * columns for layer in layers for rows, columns in layer.linears)
-    inputs = max(sum(sorted({c for _, c in layer.linears})) + 2 * stream.width for layer in layers)
-    # The Hessian and its factor; a weight, what it is aimed at, what is still to be rounded, errors, the result.
-    solver = FLOAT * (2 * widest * widest + 5 * largest) + largest
+    everything = [shape for layer in layers for shape in (*layer.linears, *layer.experts)]
+    widest = max(columns for _, columns in everything)
+    tallest = max(rows for rows, _ in everything)
+    inputs = max(sum(sorted({c for _, c in (*layer.linears, *layer.experts)})) + 2 * stream.width for layer in layers)
+    solver = max(_solver(layer, columns, stream, threads) for layer in layers for columns in _widths(layer))
     # A row's way through a layer: the residual, the norm's output, what attention and the feed-forward part hold.
-    one_row = FLOAT * stream.length * (4 * stream.width + 3 * max(widest, tallest))
+    one_row = FLOAT * stream.length * (4 * stream.width + 4 * max(widest, tallest))
     per_row = int(SCATTERED * FLOAT * stream.length * (3 * stream.width + max(widest, 3 * stream.width)))
     base = BASE if device == "cpu" else BASE_GPU
     scratch = FLOAT * tokens * (4 * stream.width + inputs if stream.full else 2 * stream.width)
 
-    largest_layer = max(layer.others + sum(r * c for r, c in layer.linears) for layer in layers)
+    largest_layer = max(layer.others + sum(r * c for r, c in (*layer.linears, *layer.experts)) for layer in layers)
 
     def at(held: int) -> LayerMemory:
         weights = FLOAT * max(largest_layer, stream.embedding * stream.width)
@@ -91,3 +96,20 @@ def plan_layers(layers: Sequence[LayerShape], stream: StreamShape, *, limit: int
         )
     room = (limit or COMFORTABLE) - leanest.peak
     return at(max(0, min(stream.rows, room // per_row)))
+
+
+def _widths(layer: LayerShape) -> set[int]:
+    return {columns for _, columns in (*layer.linears, *layer.experts)}
+
+
+def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) -> int:
+    """Bytes while linears with so many inputs are solved, all but experts taken for one group.
+
+    The Hessian and its factor, what the linears are aimed at, codes of the largest twice. To these comes what threads
+    hold of some rows; or, when the factor is gone, the weight restored and packed.
+    """
+    aimed = sum(rows * c for rows, c in layer.linears if c == columns) if stream.full else 0
+    tallest = max(rows for rows, c in (*layer.linears, *layer.experts) if c == columns)
+    matrix, codes = FLOAT * columns * columns, 2 * tallest * columns
+    at_work = threads * min(tallest, MOST) * columns * PART
+    return matrix + FLOAT * aimed + codes + max(matrix + at_work, (FLOAT + 1) * tallest * columns)

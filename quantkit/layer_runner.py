@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from quantkit.calibration.stream import Statistics
 
+REPORT_ROWS = 64  # of a weight, compared at a time
+
 
 @dataclass(frozen=True)
 class LayersDone:
@@ -113,9 +115,7 @@ class LayerRun:
         finally:
             stream.close()
 
-    def _solve(
-        self, group: tuple[str, ...], found: Statistics, own: Mapping[str, torch.Tensor]
-    ) -> Mapping[str, torch.Tensor]:
+    def _solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
         import torch
 
         quantize = self.plan.recipe.quantize
@@ -123,15 +123,15 @@ class LayerRun:
         method, params = quantize.implementation, quantize.params
         restored: dict[str, torch.Tensor] = {}
         assert method.solve is not None
-        for name, solved in method.solve(own, found, params):
+        for name, solved in method.solve(found, params):
             unit = self.units[name]
             assert unit.weight is not None
             assert method.pack is not None
             packed = method.pack(solved.coded, unit.weight, params)
             for info in unit.outputs:
-                self.writer.write(info.file, info.offset, packed[info.name])
+                self.writer.write(info.file, info.offset, packed.pop(info.name))
             value = torch.from_numpy(solved.coded.restore())
-            report = _report(own[name], value, solved, self.zeroed.get(unit.name, 0))
+            report = _report(found.weights[name], value, solved, self.zeroed.get(unit.name, 0))
             restored[name] = value
             self.reports[unit.name] = report
             self.committer.put(unit, report)
@@ -165,10 +165,15 @@ class _Checked:
 
 
 def _report(weight: torch.Tensor, restored: torch.Tensor, solved: Any, zeroed: int) -> Report:
-    difference = (weight.float().cpu() - restored).double()
+    error = norm = 0.0
+    weight = weight.cpu()
+    for start in range(0, len(weight), REPORT_ROWS):
+        w, r = weight[start : start + REPORT_ROWS], restored[start : start + REPORT_ROWS]
+        error += float((w.float() - r).double().square().sum())
+        norm += float(w.double().square().sum())
     return Report(
-        float((difference * difference).sum()),
-        float((weight.double() ** 2).sum()),
+        error,
+        norm,
         zeroed,
         output_error=None if solved.report.fallback else solved.report.loss,
         fallback=solved.report.fallback,

@@ -14,6 +14,7 @@ from quantkit import architectures
 from quantkit.architectures import Linear
 from quantkit.calibration.data import Tokens, load_tokens
 from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header, quote
+from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.torch_zip_writer import plan_torch_zip
 from quantkit.checkpoint.views import SourceTensor, plain
 from quantkit.errors import SourceError, UsageError
@@ -364,7 +365,8 @@ def _memory(
         used = len(set(tokens.ids.ravel().tolist()))
         stream = StreamShape(rows, length, width, used, "full" in _streams(recipe, tokens))
         limit, device = recipe.resources.max_memory, recipe.resources.device
-        layers = plan_layers(_layers(units), stream, limit=limit, device=device)
+        threads = recipe.resources.threads or cores()
+        layers = plan_layers(_layers(units), stream, threads=threads, limit=limit, device=device)
     plan = plan_memory(
         (
             Work(u.source, u.granule, u.linear is not None and not u.calibrated, _copies(u, checked=checked))
@@ -389,15 +391,17 @@ def _layers(units: Sequence[Unit]) -> list[LayerShape]:
         if u.calibrated and u.linear is not None:
             prefixes.setdefault(u.name.partition(f".{u.linear.layer}.")[0] + f".{u.linear.layer}.", u.linear.layer)
     solved: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
+    experts: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
     others = dict.fromkeys(solved, 0)
     for u in units:
         if u.calibrated and u.linear is not None and u.weight is not None:
-            solved[u.linear.layer].append((u.weight.rows, u.weight.columns))
+            kind = experts if u.linear.expert else solved
+            kind[u.linear.layer].append((u.weight.rows, u.weight.columns))
             continue
         layer = next((n for prefix, n in prefixes.items() if u.name.startswith(prefix)), None)
         if layer is not None:
             others[layer] += u.source.numel
-    return [LayerShape(tuple(linears), others[layer]) for layer, linears in solved.items()]
+    return [LayerShape(tuple(solved[n]), tuple(experts[n]), others[n]) for n in solved]
 
 
 def _copies(unit: Unit, *, checked: bool) -> float:

@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 
 # Of glibc's malloc.h: options of mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def prepare_torch(threads: int) -> None:
@@ -26,10 +26,18 @@ def prepare_torch(threads: int) -> None:
     _keep_freed_memory()
 
 
+def give_back() -> None:
+    """Returns freed memory to the system. What a layer's weights took lies in the heap in pieces between small objects
+    that stay, and the next layer's do not fit there."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Activations come and go by the megabyte, always of the same sizes. glibc would give such blocks back to the
     kernel and take them anew, page by page; kept in the heap they are faster, and leave fewer holes."""
     with suppress(OSError, AttributeError):  # another C library
         c = ctypes.CDLL(None)
+        c.mallopt(_M_ARENA_MAX, 1)
         c.mallopt(_M_MMAP_MAX, 0)
         c.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -33,6 +33,10 @@ def apply_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, weight.to(x.dtype))
 
 
+def _unanswered(name: str, x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError(name)
+
+
 class Linears:
     """The linears of one layer, taken over: a call of the module asks `answer` for what it gives (without the bias).
 
@@ -41,7 +45,7 @@ class Linears:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
-        self.answer: Callable[[str, torch.Tensor], torch.Tensor] = self._unanswered
+        self.answer: Callable[[str, torch.Tensor], torch.Tensor] = _unanswered
         for name, module in modules.items():
             module.forward = self._forward(name, module)
 
@@ -52,11 +56,9 @@ class Linears:
 
         return forward
 
-    def _unanswered(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        raise AssertionError(name)
-
     def release(self) -> None:
-        """Gives the modules their own forward back."""
+        """Gives the modules their own forward back, and lets go of what answered."""
+        self.answer = _unanswered
         for module in self.modules.values():
             del module.forward
 

@@ -23,27 +23,63 @@ from quantkit.calibration.skeleton import Call, Place, Skeleton, Weights
 from quantkit.errors import RunError
 
 HELD_OUT = 8
+FLOOR = 0.01  # of the median of its row: less does not make a token weigh more
 EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a fault of the model or of the text
+
+
+Row = tuple[torch.Tensor, torch.Tensor | None]  # what a linear gets: [tokens, in], and the same of the full model
+
+
+def _none() -> Iterator[Row]:
+    return iter(())
 
 
 @dataclass
 class Statistics:
-    """What linears with one input saw: sums over the tokens of all rows but those held out, float32.
+    """What linears with one input saw: sums over the tokens of all rows but those held out, float32. A token counts as
+    `token_scales` says, but in experts, which do not see a row as it is.
 
-    hessian: Σ x xᵀ [in, in], x from the quantized stream. cross: by linear, Σ y xᵀ [out, in], y the output of the
-    unquantized linear in the full-precision stream; empty without that stream, and for experts. tokens: how many.
-    probe(name, step): with a step [out, in] for a linear's weight w, (Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows
-    held out: how far along the step y is come nearest to. complete(): adds the rows held out to the Hessian.
+    weights: of the linears, [out, in]. hessian: Σ x xᵀ [in, in], x from the quantized stream. cross: by linear, Σ y xᵀ
+    [out, in], y the output of the unquantized linear in the full-precision stream; empty without that stream, and for
+    experts. tokens: how many. held_out: the rows held out, gone through at each call.
+
+    They must not be part of a cycle: a Hessian is not to wait for the garbage collector.
     """
 
+    weights: Mapping[str, torch.Tensor]
     hessian: torch.Tensor
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
-    probe: Callable[[str, torch.Tensor], tuple[float, float]] = lambda _name, _step: (0.0, 0.0)
-    complete: Callable[[], None] = lambda: None
+    held_out: Callable[[], Iterator[Row]] = _none
+
+    def add(self, x: torch.Tensor, wanted: torch.Tensor | None) -> None:
+        """Counts a row."""
+        self.hessian.addmm_(x.T, x)
+        self.tokens += len(x)
+        for name, cross in self.cross.items():
+            assert wanted is not None
+            cross.addmm_(apply_linear(wanted, self.weights[name]).T, x)
+
+    def probe(self, name: str, step: torch.Tensor) -> tuple[float, float]:
+        """(Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of a linear's weight w: how
+        far along it y is come nearest to."""
+        gain = energy = 0.0
+        for x, wanted in self.held_out():
+            assert wanted is not None
+            moved = apply_linear(x, step)
+            missing = apply_linear(wanted, self.weights[name]) - apply_linear(x, self.weights[name])
+            gain += float((moved * missing).sum())
+            energy += float((moved * moved).sum())
+        return gain, energy
+
+    def complete(self) -> None:
+        """Adds the rows held out to the Hessian, once the cross is used up."""
+        for x, _ in self.held_out():
+            self.hessian.addmm_(x.T, x)
+            self.tokens += len(x)
 
 
-Solve = Callable[[tuple[str, ...], Statistics, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+Solve = Callable[[tuple[str, ...], Statistics], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -100,8 +136,8 @@ class Stream:
 
     @torch.inference_mode()
     def layer(self, index: int, solve: Solve) -> None:
-        """Takes all rows through one layer. `solve` gets each group's statistics and its weights [out, in], and returns
-        what to go on with."""
+        """Takes all rows through one layer. `solve` gets each group's statistics, and returns the weights to go on
+        with."""
         with self._loaded(index) as (linears, weights):
             groups = self._groups(index, linears, weights)
             targets = self._follow_full(index, linears, weights, groups) if self.full else {}
@@ -110,9 +146,8 @@ class Stream:
             for group in groups:
                 target = targets.pop(group, None)
                 statistics = self._look(index, group, passes, weights, target)
-                own = {name: weights[name] for name in group}
-                new |= {name: w.to(self.skeleton.device) for name, w in solve(group, statistics, own).items()}
-                del statistics, own
+                new |= {name: w.to(self.skeleton.device) for name, w in solve(group, statistics).items()}
+                del statistics
                 for name in group:
                     del weights[name]
                 if target is not None:
@@ -120,12 +155,18 @@ class Stream:
                 for row in passes.values():
                     row.go_past(group)
             for name in list(weights):  # nothing calls it: nothing is known of its inputs
-                nothing = Statistics(torch.zeros(weights[name].shape[1:] * 2, device=self.skeleton.device))
-                solve((name,), nothing, {name: weights.pop(name)})
+                own = {name: weights.pop(name)}
+                columns = own[name].shape[1]
+                solve((name,), Statistics(own, torch.zeros(columns, columns, device=self.skeleton.device)))
             out = self.states["quantized"][(index + 1) % 2]
             for r, row in passes.items():
                 out.write(r, row.finish())
             out.sync()
+
+    def _scales(self, index: int, group: tuple[str, ...], row: int) -> torch.Tensor | None:
+        if self.linears[index][group[0]].expert:
+            return None
+        return token_scales(self.states["quantized"][index % 2].read(row, self.skeleton.device)[0])
 
     def _begin(self, index: int, stream: str, row: int) -> Callable[[], torch.Tensor]:
         states, device = self.states[stream][index % 2], self.skeleton.device
@@ -172,55 +213,43 @@ class Stream:
     ) -> Statistics:
         """Statistics of one group over all rows. Rows with a value that is not finite are left out from here on."""
         columns, device = weights[group[0]].shape[1], self.skeleton.device
-        found = Statistics(torch.zeros(columns, columns, device=device))
+        found = Statistics({name: weights[name] for name in group}, torch.zeros(columns, columns, device=device))
         if target is not None:
             found.cross = {name: torch.zeros(weights[name].shape, device=device) for name in group}
         held_out = self.held_out if found.cross else frozenset()
+        places = {row: place for place, row in enumerate(passes)}
 
-        def inputs(row: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def inputs(row: int) -> Row:
             x = passes[row].stop(group[0]).reshape(-1, columns)
-            return x, None if target is None else target.read(row, device).reshape(-1, columns)
+            wanted = None if target is None else target.read(row, device).reshape(-1, columns)
+            scales = self._scales(index, group, row)
+            if scales is not None:
+                x = x * scales
+                if wanted is not None:
+                    wanted.mul_(scales)
+            return x, wanted
 
-        def let_go(place: int, row: int) -> None:
-            if place >= self.held:
+        def let_go(row: int) -> None:
+            if places[row] >= self.held:
                 passes[row].drop()
 
-        for i, r in enumerate(list(passes)):
-            x, wanted = inputs(r)
+        def apart() -> Iterator[Row]:
+            for row in passes:
+                if row in held_out:
+                    yield inputs(row)
+                    let_go(row)
+
+        for row in list(passes):
+            x, wanted = inputs(row)
             if not all(bool(torch.isfinite(t).all()) for t in (x, wanted) if t is not None):
-                self.excluded.add(r)
-                passes.pop(r).drop()
+                self.excluded.add(row)
+                passes.pop(row).drop()
                 continue
-            if r not in held_out:
-                found.hessian.addmm_(x.T, x)
-                found.tokens += len(x)
-                for name, cross in found.cross.items():
-                    assert wanted is not None
-                    cross.addmm_(apply_linear(wanted, weights[name]).T, x)
-            let_go(i, r)
+            if row not in held_out:
+                found.add(x, wanted)
+            let_go(row)
         self._check_excluded(index)
-        rows = [(i, r) for i, r in enumerate(passes) if r in held_out]
-
-        def probe(name: str, step: torch.Tensor) -> tuple[float, float]:
-            gain = energy = 0.0
-            for i, r in rows:
-                x, wanted = inputs(r)
-                assert wanted is not None
-                moved = apply_linear(x, step)
-                missing = apply_linear(wanted, weights[name]) - apply_linear(x, weights[name])
-                gain += float((moved * missing).sum())
-                energy += float((moved * moved).sum())
-                let_go(i, r)
-            return gain, energy
-
-        def complete() -> None:
-            for i, r in rows:
-                x = inputs(r)[0]
-                found.hessian.addmm_(x.T, x)
-                found.tokens += len(x)
-                let_go(i, r)
-
-        found.probe, found.complete = probe, complete
+        found.held_out = apart
         return found
 
     @property
@@ -259,6 +288,18 @@ class Stream:
         for states in self.states.values():
             for state in states:
                 state.close()
+
+
+def token_scales(hidden: torch.Tensor) -> torch.Tensor:
+    """[tokens, 1]: what a token's inputs are multiplied by: one over the root mean square of the hidden state
+    [tokens, width] that enters the layer.
+
+    What a linear adds to a hidden state, the next norm divides by its size. Otherwise the few tokens on which attention
+    rests where it has nothing to look at, a hundred times as large as others, decide on every scale.
+    """
+    square = hidden.square().mean(-1, keepdim=True)
+    median = square.median()
+    return square.clamp_min(FLOOR * median).rsqrt() if median > 0 else torch.ones_like(square)
 
 
 def hidden_width(skeleton: Skeleton) -> int:

@@ -41,9 +41,9 @@ def factor_corner(corner):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def substitute(start, stop, upper, rows):  # type: ignore[no-untyped-def]
-    """X·U = B for rows start … stop − 1 of B, float32 [rows, n], in place. U: float32 [n, n], upper triangular."""
-    for r in range(start, stop):
+def substitute(upper, rows):  # type: ignore[no-untyped-def]
+    """X·U = B for every row of B, float32 [rows, n], in place. U: float32 [n, n], upper triangular."""
+    for r in range(rows.shape[0]):
         row = rows[r]
         for j in range(upper.shape[0]):
             row[j] /= upper[j, j]

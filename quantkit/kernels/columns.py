@@ -1,6 +1,6 @@
 """The part of the column solver that no matrix product can do: one column after another inside a block.
 
-Rows are independent of each other, so a caller may share them out to threads in any way: the bytes stay the same.
+Rows are independent of each other, so that a caller may share them out to threads.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def nearest(level, low, high):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def row_products(start, stop, a, b, out):  # type: ignore[no-untyped-def]
-    """out[r] += Σ a[r]·b[r] for rows start … stop − 1 of two float32 [rows, n]; out float64 [rows]."""
-    for r in range(start, stop):
+def row_products(a, b, out):  # type: ignore[no-untyped-def]
+    """out[r] = Σ a[r]·b[r] of two float32 [rows, n]; out float64 [rows]."""
+    for r in range(a.shape[0]):
         total = 0.0
         for i in range(a.shape[1]):
             total += np.float64(a[r, i]) * np.float64(b[r, i])
-        out[r] += total
+        out[r] = total
 
 
 @njit(nogil=True, cache=True)
 def round_block(  # type: ignore[no-untyped-def]
-    start, stop, shifted, target, lower, first, column, group, top, scales, zeros, masked, keep, codes, errors
+    shifted, target, lower, first, column, group, top, scales, zeros, masked, keep, codes, errors
 ):
-    """Rounds rows start … stop − 1 of one block of columns, from its last column to its first.
+    """Rounds one block of columns, from its last column to its first.
 
     `first` is the block's first position in processing order; position p is column[p] of the weight, of group[p], with
     codes 0 … top[p]. Read: `shifted` float32 [rows, n] by position, the target plus what columns already rounded ask
@@ -44,7 +44,7 @@ def round_block(  # type: ignore[no-untyped-def]
     the code must be the zero point. Written: `codes` uint8 [rows, n] by column; `errors` float32 [rows, block].
     """
     width = target.shape[1]
-    for r in range(start, stop):
+    for r in range(target.shape[0]):
         row = shifted[r, first : first + width]
         for k in range(width - 1, -1, -1):
             p = first + k
@@ -62,13 +62,13 @@ def round_block(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def round_rows(start, stop, weight, group, top, scales, zeros, masked, keep, codes):  # type: ignore[no-untyped-def]
-    """The nearest code for every weight of rows start … stop − 1, each for itself. Columns in their natural order.
+def round_rows(weight, group, top, scales, zeros, masked, keep, codes):  # type: ignore[no-untyped-def]
+    """The nearest code for every weight, each for itself. Columns in their natural order.
 
     weight: float32 [rows, n]. group: int32 [n]; top: float32 [n], the largest code. scales, zeros: float32
     [rows, groups]. keep: bool [rows, n] if `masked`. Written: `codes` uint8 [rows, n].
     """
-    for r in range(start, stop):
+    for r in range(weight.shape[0]):
         for k in range(weight.shape[1]):
             scale = scales[r, group[k]]
             zero = zeros[r, group[k]]

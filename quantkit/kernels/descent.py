@@ -13,17 +13,17 @@ MARGIN = np.float32(1e-3)
 
 @njit(nogil=True, cache=True)
 def descend_block(  # type: ignore[no-untyped-def]
-    start, stop, gradient, curvature, first, group, top, scales, zeros, masked, keep, codes, errors
+    gradient, curvature, first, group, top, scales, zeros, masked, keep, codes, errors
 ):
-    """One visit to every column of a block, for rows start … stop − 1: its code becomes the best one, all others fixed.
-    A column without inputs is rounded to nearest.
+    """One visit to every column of a block: in every row its code becomes the best one, all others fixed. A column
+    without inputs is rounded to nearest.
 
     Columns first … first + width − 1 of the weight. gradient: float32 [rows, width], errors @ H of these columns,
     changed. curvature: float32 [width, width], H of these columns. group: int32 [n], top: float32 [n]; scales, zeros:
     float32 [rows, groups]; keep: bool [rows, n] if `masked`. Changed: `codes` uint8, `errors` float32, both [rows, n].
     """
     width = gradient.shape[1]
-    for r in range(start, stop):
+    for r in range(codes.shape[0]):
         slope = gradient[r]
         for k in range(width):
             c = first + k

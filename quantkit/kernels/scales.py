@@ -48,9 +48,9 @@ def _errors(w, h, scale, inverse, low, high, error):  # type: ignore[no-untyped-
 
 @njit(nogil=True, cache=True)
 def search(  # type: ignore[no-untyped-def]
-    start, stop, weight, importance, edges, symmetric, top, ratios, shifts, polish, scales, zeros
+    weight, importance, edges, symmetric, top, ratios, shifts, polish, scales, zeros
 ):
-    """The best scale and zero point for every group of rows start … stop − 1.
+    """The best scale and zero point for every group of every row.
 
     weight: float32 [rows, n]; group g is its columns edges[g] … edges[g + 1] − 1. importance: float32 [n], not
     negative. top: float32, the largest code. ratios: float32 [k], the part of the group's range that the codes cover,
@@ -68,7 +68,7 @@ def search(  # type: ignore[no-untyped-def]
     unit = np.empty(weight.shape[1], np.float32)
     one = np.empty(1, np.float32)
     one_bits = one.view(np.uint32)
-    for r in range(start, stop):
+    for r in range(weight.shape[0]):
         for g in range(edges.size - 1):
             w = unit[: edges[g + 1] - edges[g]]
             h = importance[edges[g] : edges[g + 1]]

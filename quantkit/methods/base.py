@@ -129,8 +129,8 @@ class Method(Generic[P]):
     loader: by architecture, the program that loads the folder ("none" if none that was tried does) and a warning about
     others; None: transformers, or quantkit.load where the architecture's row warns.
     extra_files: written beside config.json, from its quantization_config. reader_notes: what readers cannot be told.
-    Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from weights float32
-    [out, in] that share their inputs and the statistics of these. Of methods whose weights are codes: pack, these as
+    Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from the
+    calibration.stream.Statistics of linears that share their inputs. Of methods whose weights are codes: pack, these as
     the outputs; unpack, the inverse, which raises ValueError where outputs contradict each other.
     """
 
@@ -151,7 +151,7 @@ class Method(Generic[P]):
     reader_notes: Callable[[Selection, P], tuple[str, ...]] = lambda _selection, _params: ()
     loader: Callable[[str, P], tuple[str, str]] | None = None
     streams: Callable[[P], tuple[str, ...]] = lambda _params: ()
-    solve: Callable[[Mapping[str, Any], Any, P], Iterator[tuple[str, Any]]] | None = None
+    solve: Callable[[Any, P], Iterator[tuple[str, Any]]] | None = None
     pack: Callable[[Coded, WeightSpec, P], dict[str, Array]] | None = None
     unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
 

@@ -30,7 +30,7 @@ class Gptq(Grouped):
 
     act_order: Literal["static", "group", "none"] = Field("static", description="order in which columns are rounded")
     effort: Literal["low", "default", "high"] = Field("default", description="time for quality")
-    damp: float = Field(0.01, gt=0, lt=1, description="part of the mean diagonal that is added to the Hessian")
+    damp: float = Field(0.03, gt=0, lt=1, description="part of the mean diagonal that is added to the Hessian")
 
     @model_validator(mode="after")
     def _orders(self) -> Gptq:
@@ -155,13 +155,13 @@ def _named(params: Grouped) -> str:
     return "GPTQ, version 1" if params.checkpoint_format == "gptq" else "GPTQ, version 2"
 
 
-def _solve(bits: int, weights: Mapping[str, Any], found: Any, params: Gptq) -> Iterator[tuple[str, Any]]:
+def _solve(bits: int, found: Any, params: Gptq) -> Iterator[tuple[str, Any]]:
     from quantkit.solvers.gptq import Settings
     from quantkit.solvers.grids import Grid
     from quantkit.solvers.group import solve_group
 
     grid = Grid(bits, params.group_size or -1, params.sym)
-    return solve_group(weights, found, Settings(grid, _order(params), params.damp), params.effort)
+    return solve_group(found, Settings(grid, _order(params), params.damp), params.effort)
 
 
 def _order(params: Gptq) -> Literal["static", "group", "none"]:

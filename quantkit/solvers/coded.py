@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+CHUNK = 1 << 20  # weights whose zero points and scales are spread out at a time
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -25,5 +27,11 @@ class Coded:
 
     def restore(self) -> npt.NDArray[np.float32]:
         """float32 [rows, columns]: exact, since a 16-bit scale times a code of 8 bits fits into 24."""
-        difference = self.codes.astype(np.float32) - self.zeros.astype(np.float32)[:, self.g_idx]
-        return difference * self.scales.astype(np.float32)[:, self.g_idx]
+        restored = self.codes.astype(np.float32)
+        zeros, scales = self.zeros.astype(np.float32), self.scales.astype(np.float32)
+        step = max(1, CHUNK // restored.shape[1])
+        for start in range(0, restored.shape[0], step):
+            rows = slice(start, start + step)
+            restored[rows] -= zeros[rows, self.g_idx]
+            restored[rows] *= scales[rows, self.g_idx]
+        return restored

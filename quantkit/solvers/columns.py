@@ -13,7 +13,6 @@ from torch import Tensor
 from quantkit.kernels.columns import round_block
 from quantkit.solvers.factor import Factor
 from quantkit.solvers.projection import Projection, arrays, nearest
-from quantkit.solvers.threads import over_rows
 
 BLOCK = 128
 
@@ -53,7 +52,7 @@ def _block_numba(
     by_position = (position, projection.group[position], projection.top[position])
     read = arrays(*by_position, projection.scales, projection.zeros)
     moving = arrays(shifted, block, triangle)
-    over_rows(block.shape[0], round_block, *moving, start, *read, masked, *arrays(keep, codes, errors))
+    round_block(*moving, start, *read, masked, *arrays(keep, codes, errors))
     return errors
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.solvers.threads import in_threads, runs
 from quantkit.solvers.triangular import cholesky
 
-CHUNK = 256  # rows gathered at a time
+CHUNK = 256  # rows at a time
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,18 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor | None:
     Never raises for what a Hessian holds: where it is singular or worse the damping grows as `dampings` says; where a
     number is not finite, or no damping helps, the answer is None. One new n × n matrix.
     """
-    if not all(bool(torch.isfinite(hessian[i : i + CHUNK]).all()) for i in range(0, hessian.shape[0], CHUNK)):
-        return None
-    diagonal = hessian.diagonal().clone()
-    dead = diagonal == 0
+    dead = hessian.diagonal() == 0
     scale = mean_diagonal(hessian)
     position = order.flip(0)
     lower = torch.empty_like(hessian)
     for more in dampings(damp):
-        _gather(hessian, position, scale, lower)
+        if not _gather(hessian, position, scale, lower):
+            return None
         _isolate(lower, dead[position])
         lower.diagonal().add_(more)
         if cholesky(lower):
             pivots = lower.diagonal().clone()
-            lower /= pivots
-            if bool(torch.isfinite(pivots).all()) and _finite(lower):
+            if _divide(lower, pivots):
                 return Factor(lower, pivots, position, scale, more, dead.nonzero().flatten())
     return None
 
@@ -76,16 +74,26 @@ def mean_diagonal(hessian: Tensor) -> float:
     return mean if mean > 1e-38 else 1.0
 
 
-def _finite(matrix: Tensor) -> bool:
-    return all(bool(torch.isfinite(matrix[i : i + CHUNK]).all()) for i in range(0, matrix.shape[0], CHUNK))
+def _gather(hessian: Tensor, position: Tensor, scale: float, out: Tensor) -> bool:
+    """out = hessian[position][:, position] / scale, some rows at a time; whether everything is finite."""
+
+    def some(rows: slice) -> bool:
+        found = hessian.index_select(0, position[rows])
+        torch.index_select(found, 1, position, out=out[rows])
+        out[rows] /= scale
+        return bool(torch.isfinite(found).all())
+
+    return all(in_threads(some, runs(0, out.shape[0], CHUNK, out.device), out.device))
 
 
-def _gather(hessian: Tensor, position: Tensor, scale: float, out: Tensor) -> None:
-    """out = hessian[position][:, position] / scale, some rows at a time."""
-    for start in range(0, hessian.shape[0], CHUNK):
-        rows = hessian.index_select(0, position[start : start + CHUNK])
-        torch.index_select(rows, 1, position, out=out[start : start + CHUNK])
-        out[start : start + CHUNK] /= scale
+def _divide(lower: Tensor, pivots: Tensor) -> bool:
+    """Every column by its pivot; whether everything is finite."""
+
+    def some(rows: slice) -> bool:
+        lower[rows] /= pivots
+        return bool(torch.isfinite(lower[rows]).all())
+
+    return all(in_threads(some, runs(0, lower.shape[0], CHUNK, lower.device), lower.device))
 
 
 def _isolate(matrix: Tensor, dead: Tensor) -> None:

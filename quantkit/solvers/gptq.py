@@ -15,6 +15,7 @@ from quantkit.solvers.grids import Grid, coded, search_scales
 from quantkit.solvers.projection import Projection, residual, round_all, uniform
 from quantkit.solvers.quadratic import row_losses, total
 from quantkit.solvers.refine import descend, refit
+from quantkit.solvers.threads import in_threads, parts
 from quantkit.solvers.triangular import solve_symmetric
 
 Order = Literal["static", "none", "group"]
@@ -27,15 +28,19 @@ class Settings:
     grid: the codes. order, in which columns are rounded: "static", by falling diagonal of the Hessian, while groups
     remain runs of columns; "none", from the first to the last; "group", by falling diagonal, and groups are runs of
     that order (desc_act: a reader looks up the group of every column). damp: added to the diagonal, in units of its
-    mean. passes: visits of coordinate descent to every code afterwards. refits: how often the scales are fitted to the
-    codes, before the first, second … of these passes.
+    mean. refits: how often the scales are fitted to the codes afterwards. passes: visits of coordinate descent to every
+    code after each refit; or once, if there are no refits.
+
+    The defaults lost least on inputs not seen for the time they take (SmolLM2-135M, 12 matrices, group size 64; loss
+    relative to refits=0): 0.953 at 4 bits and 0.952 at 3; refits=4, passes=2 reaches 0.940 and 0.936 in twice the time,
+    refits=8 no more. damp=0.01 loses 0.8 % more at either, 0.06 as little as 0.03.
     """
 
     grid: Grid
     order: Order = "static"
-    damp: float = 0.01
-    passes: int = 0
-    refits: int = 0
+    damp: float = 0.03
+    passes: int = 1
+    refits: int = 2
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,21 @@ def solve(
     target = weight if target is None else target
     assert weight.dtype == hessian.dtype == target.dtype == torch.float32
     with torch.no_grad():
-        return _solve(weight, hessian, settings, target, keep, factor)
+        return _solve(weight.detach(), hessian, settings, target.detach(), keep, factor)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows, solved and rounded to nearest: codes, scales, and what each row of them loses."""
+
+    codes: Tensor
+    scales: Tensor
+    losses: Tensor
+    nearest: Tensor
+    nearest_scales: Tensor
+    nearest_losses: Tensor
+    sizes: Tensor  # w·H·wᵀ
+    zeros: Tensor
 
 
 def _solve(
@@ -107,72 +126,74 @@ def _solve(
     grid = settings.grid
     order = processing_order(hessian, settings.order)
     factor = factorize(hessian, order, settings.damp) if factor is None else factor
+    importance = None if factor is None else hessian.diagonal() / factor.scale + settings.damp
     group = grid.natural(weight.shape[1], weight.device)
     if settings.order == "group":
         group = torch.empty_like(group).index_copy(0, order, group)
-    # Damped like the Hessian, so that a column without inputs still counts a little.
-    importance = None if factor is None else hessian.diagonal() / factor.scale + settings.damp
-    scales, zeros = search_scales(target if keep is None else target * keep, grid, importance, group)
-    searched = uniform(grid.bits, scales, zeros, group, keep)
-    nearest = (searched, round_all(target, searched))
-    dead = int((hessian.diagonal() == 0).sum())
-    if factor is None:
-        chosen, loss, rtn_loss = _better(weight, target, hessian, nearest, nearest)
-        report = Report(loss, rtn_loss, 0.0, True, False, dead)
-    else:
-        codes, damp = solve_columns(target, factor, searched), factor.damp
-        del factor  # before what follows asks for memory
-        ours = _refined(target, hessian, searched, codes, settings)
-        chosen, loss, rtn_loss = _better(weight, target, hessian, ours, nearest)
-        report = Report(loss, rtn_loss, damp, False, chosen is nearest, dead)
-    return Solved(coded(grid, chosen[1], chosen[0].scales.half(), zeros, group), report)
+    scale = mean_diagonal(hessian)
+
+    def some(rows: slice) -> _Part:
+        aim, kept = target[rows], None if keep is None else keep[rows]
+        scales, zeros = search_scales(aim if kept is None else aim * kept, grid, importance, group)
+        searched = uniform(grid.bits, scales, zeros, group, kept)
+        nearest = round_all(aim, searched)
+        sizes = row_losses(weight[rows], hessian, scale)
+        nearest_losses = row_losses(residual(aim, nearest, searched), hessian, scale)
+        if factor is None:
+            return _Part(nearest, scales, nearest_losses, nearest, scales, nearest_losses, sizes, zeros)
+        projection, codes = _refined(aim, hessian, searched, factor, settings)
+        losses = row_losses(residual(aim, codes, projection), hessian, scale)
+        return _Part(codes, projection.scales.half(), losses, nearest, scales, nearest_losses, sizes, zeros)
+
+    found = in_threads(some, parts(weight.shape[0], weight.device), weight.device)
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in found])
+
+    size, loss, rtn_loss = (total(whole(name)) for name in ("sizes", "losses", "nearest_losses"))
+    ours = factor is not None and loss < rtn_loss
+    codes, scales = (whole(name) for name in (("codes", "scales") if ours else ("nearest", "nearest_scales")))
+    unit, known = size if size > 0 else 1.0, size < float("inf")
+    report = Report(
+        loss=(loss if ours else rtn_loss) / unit if known else None,
+        rtn_loss=rtn_loss / unit if known else None,
+        damp=0.0 if factor is None else factor.damp,
+        fallback=factor is None,
+        kept_rtn=factor is not None and not ours,
+        dead=int((hessian.diagonal() == 0).sum()),
+    )
+    return Solved(coded(grid, codes, scales, whole("zeros"), group), report)
 
 
 def _refined(
-    target: Tensor, hessian: Tensor, projection: Projection, codes: Tensor, settings: Settings
+    target: Tensor, hessian: Tensor, projection: Projection, factor: Factor, settings: Settings
 ) -> tuple[Projection, Tensor]:
-    for turn in range(max(settings.passes, settings.refits)):
-        if turn < settings.refits:
-            projection = refit(target, hessian, projection, codes)
-        if turn < settings.passes:
-            descend(target, hessian, projection, codes)
+    codes = solve_columns(target, factor, projection)
+    ridge = factor.damp * factor.scale
+    for _ in range(max(settings.refits, 1)):
+        if settings.refits:
+            projection = refit(target, hessian, projection, codes, ridge)
+        for _ in range(settings.passes):
+            descend(target, hessian, projection, codes, ridge)
     return projection, codes
 
 
-def _better(
-    weight: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    ours: tuple[Projection, Tensor],
-    nearest: tuple[Projection, Tensor],
-) -> tuple[tuple[Projection, Tensor], float | None, float | None]:
-    """The one of less loss; its loss and that of the nearest codes, relative to the weight's own size."""
-    scale = mean_diagonal(hessian)
-    size = total(row_losses(weight, hessian, scale))
-    if not size < float("inf"):
-        return nearest, None, None
-
-    def loss(of: tuple[Projection, Tensor]) -> float:
-        return total(row_losses(residual(target, of[1], of[0]), hessian, scale)) / (size if size > 0 else 1.0)
-
-    rtn_loss = loss(nearest)
-    our_loss = rtn_loss if ours is nearest else loss(ours)
-    return (ours, our_loss, rtn_loss) if our_loss < rtn_loss else (nearest, rtn_loss, rtn_loss)
-
-
-def shift_target(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, ridge: float) -> Tensor:
-    """W + alpha·(G − W·H)·(H + ridge·mean(diag H)·I)⁻¹, float32 [rows, columns]: where the weight must go to make up
-    for inputs that are not those it was trained on.
+def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """(G − W·H)·(H + ridge·mean(diag H)·I)⁻¹, float32 [rows, columns], in place of G: how far the weight must go to
+    make up for inputs that are not those it was trained on.
 
     cross: G float32 [rows, columns], Σ y·xᵀ of the outputs y wanted and the inputs x there are, in the unit of H = Σ
-    x·xᵀ. alpha: the part of the way that is gone. The weight itself where the Hessian has no factor. One more matrix of
-    the Hessian's size is held.
+    x·xᵀ. Nothing where the Hessian has no factor. One more matrix of the Hessian's size is held.
     """
     with torch.no_grad():
         factor = factorize(hessian, torch.arange(hessian.shape[0] - 1, -1, -1, device=hessian.device), ridge)
         if factor is None:
-            return weight
-        missing = torch.addmm(cross, weight, hessian, alpha=-1).div_(factor.scale)
-        missing[:, factor.dead] = 0
-        solve_symmetric(factor.lower, factor.pivots, missing)
-        return torch.add(weight, missing, alpha=alpha)
+            return cross.zero_()
+
+        def some(rows: slice) -> None:
+            missing = cross[rows].addmm_(weight[rows], hessian, alpha=-1).div_(factor.scale)
+            missing[:, factor.dead] = 0
+            solve_symmetric(factor.lower, factor.pivots, missing)
+
+        in_threads(some, parts(weight.shape[0], weight.device), weight.device)
+        return cross

@@ -12,7 +12,7 @@ from quantkit.kernels.scales import search
 from quantkit.solvers.coded import Coded
 from quantkit.solvers.projection import Projection, arrays, round_all, uniform
 from quantkit.solvers.scales_torch import search_torch
-from quantkit.solvers.threads import over_rows
+from quantkit.solvers.threads import in_threads, parts
 
 # The smallest part of a group's range that is worth covering: with few codes, clipping the extremes pays.
 SMALLEST_RATIO = {2: 0.3, 3: 0.4, 4: 0.5, 8: 0.9}
@@ -82,7 +82,7 @@ def search_scales(
     if weight.device.type == "cpu":
         read = arrays(weight, weighing, edges)
         options = (grid.symmetric, np.float32(grid.top), *arrays(tried, shifts), POLISH)
-        over_rows(rows, search, *read, *options, *arrays(scales, zeros))
+        search(*read, *options, *arrays(scales, zeros))
     else:
         search_torch(weight, weighing, edges, grid.symmetric, grid.top, tried, shifts, POLISH, scales, zeros)
     return scales.half(), zeros.to(torch.uint8)
@@ -112,9 +112,15 @@ def coded(grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tenso
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Coded:
     """Round to nearest: every weight for itself, on scales from `search_scales`. weight: float32 [rows, columns]."""
-    scales, zeros = search_scales(weight, grid, importance)
     group = grid.natural(weight.shape[1], weight.device)
-    return coded(grid, round_to_grid(weight, scales, zeros, group, grid.bits), scales, zeros, group)
+
+    def some(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        scales, zeros = search_scales(weight[rows], grid, importance)
+        return round_to_grid(weight[rows], scales, zeros, group, grid.bits), scales, zeros
+
+    found = in_threads(some, parts(weight.shape[0], weight.device), weight.device)
+    codes, scales, zeros = (torch.cat(column) for column in zip(*found, strict=True))
+    return coded(grid, codes, scales, zeros, group)
 
 
 def projection(grid: Grid, scales: Tensor, zeros: Tensor, group: Tensor, keep: Tensor | None = None) -> Projection:

@@ -8,13 +8,13 @@ way, the corrections of one layer after the other feed on each other, and the mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from quantkit.solvers.gptq import Report, Settings, Solved, factor_for, shift_target, solve
+from quantkit.solvers.gptq import Report, Settings, Solved, factor_for, solve, step_toward
 from quantkit.solvers.grids import rtn
 
 Effort = Literal["low", "default", "high"]
@@ -35,23 +35,25 @@ def settings_for(settings: Settings, effort: Effort) -> Settings:
 class Statistics(Protocol):
     """calibration.stream.Statistics, as far as it is needed here."""
 
+    weights: Mapping[str, Tensor]
     hessian: Tensor
     cross: dict[str, Tensor]
     tokens: int
-    probe: Callable[[str, Tensor], tuple[float, float]]
-    complete: Callable[[], None]
+
+    def probe(self, name: str, step: Tensor) -> tuple[float, float]: ...
+
+    def complete(self) -> None: ...
 
 
-def solve_group(
-    weights: Mapping[str, Tensor], found: Statistics, settings: Settings, effort: Effort
-) -> Iterator[tuple[str, Solved]]:
-    """(name, Solved) of each of the weights float32 [out, in], which share their inputs and what was found of them.
-    Without a cross a linear is aimed at its own weight."""
+def solve_group(found: Statistics, settings: Settings, effort: Effort) -> Iterator[tuple[str, Solved]]:
+    """(name, Solved) of each of the weights float32 [out, in] of linears that share their inputs. Without a cross a
+    linear is aimed at its own weight."""
+    weights = found.weights
     settings = settings_for(settings, effort)
     targets: dict[str, Tensor] = {}
     for name in list(found.cross):
         weight = weights[name]
-        step = shift_target(weight, found.hessian, found.cross.pop(name), 1.0, RIDGE).sub_(weight)
+        step = step_toward(weight, found.hessian, found.cross.pop(name), RIDGE)
         part = strength(*found.probe(name, step))
         targets[name] = step.mul_(part).add_(weight)
     found.complete()
@@ -60,8 +62,12 @@ def solve_group(
             yield name, Solved(rtn(weight, settings.grid), Report(None, None, 0.0, True, False, 0))
         return
     factor = factor_for(found.hessian, settings)
+    last = [*weights][-1]
     for name, weight in weights.items():
-        yield name, solve(weight, found.hessian, settings, target=targets.pop(name, None), factor=factor)
+        solved = solve(weight, found.hessian, settings, target=targets.pop(name, None), factor=factor)
+        if name == last:
+            factor = None  # as large as the Hessian: not to be held while the last weight is packed
+        yield name, solved
 
 
 def strength(gain: float, energy: float) -> float:

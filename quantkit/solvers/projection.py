@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.kernels.columns import round_rows
-from quantkit.solvers.threads import over_rows
 
 CHUNK = 256  # rows at a time where a temporary is as large as its rows
 
@@ -28,6 +27,11 @@ class Projection:
     group: Tensor
     top: Tensor
     keep: Tensor | None = None
+
+    def rows(self, rows: slice) -> Projection:
+        """That of some rows; a view."""
+        keep = None if self.keep is None else self.keep[rows]
+        return replace(self, scales=self.scales[rows], zeros=self.zeros[rows], keep=keep)
 
     def mask(self) -> tuple[bool, Tensor]:
         """For kernels: is there a mask, and the mask or something of its type."""
@@ -65,37 +69,26 @@ def round_all(weight: Tensor, projection: Projection) -> Tensor:
     if weight.device.type == "cpu":
         masked, keep = projection.mask()
         grid = (projection.group, projection.top, projection.scales, projection.zeros)
-        over_rows(weight.shape[0], round_rows, *arrays(weight.contiguous(), *grid), masked, *arrays(keep, codes))
+        round_rows(*arrays(weight.contiguous(), *grid), masked, *arrays(keep, codes))
         return codes
-    for part, rows in row_chunks(projection, weight.shape[0]):
+    for rows in chunks(weight.shape[0]):
+        part = projection.rows(rows)
         levels = nearest(weight[rows], part, slice(None))
         codes[rows] = (levels + part.zeros[:, part.group.long()]).to(torch.uint8)
     return codes
 
 
-def row_chunks(projection: Projection, rows: int) -> list[tuple[Projection, slice]]:
-    """The projection cut into runs of rows."""
-    runs = [slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
-    return [
-        (
-            Projection(
-                projection.scales[run],
-                projection.zeros[run],
-                projection.group,
-                projection.top,
-                None if projection.keep is None else projection.keep[run],
-            ),
-            run,
-        )
-        for run in runs
-    ]
+def chunks(rows: int) -> list[slice]:
+    """Runs of rows that temporaries are made of."""
+    return [slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
 
 
 def residual(target: Tensor, codes: Tensor, projection: Projection) -> Tensor:
     """target − ŵ, float32 [rows, columns]. codes: uint8 of that shape."""
     out = torch.empty_like(target)
     group = projection.group.long()
-    for part, rows in row_chunks(projection, target.shape[0]):
+    for rows in chunks(target.shape[0]):
+        part = projection.rows(rows)
         levels = codes[rows].float().sub_(part.zeros[:, group])
         torch.sub(target[rows], levels.mul_(part.scales[:, group]), out=out[rows])
     return out

@@ -1,4 +1,4 @@
-"""The loss that everything here lowers: tr(E·H·Eᵀ), row by row, in sums whose order no number of threads changes."""
+"""The loss that everything here lowers: tr(E·H·Eᵀ), row by row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from quantkit.kernels.columns import row_products as kernel
 from quantkit.solvers.projection import arrays
-from quantkit.solvers.threads import over_rows
 
 BLOCK = 512
 
@@ -19,12 +18,12 @@ def row_losses(errors: Tensor, hessian: Tensor, scale: float = 1.0) -> Tensor:
     Half the products of errors @ hessian: each block of columns with those to its right, which count twice.
     """
     losses = torch.zeros(errors.shape[0], dtype=torch.float64, device=errors.device)
+    scaled = errors / scale
     for start in range(0, errors.shape[1], BLOCK):
         stop = min(start + BLOCK, errors.shape[1])
-        block = errors[:, start:stop] / scale
-        losses += row_products(block @ hessian[start:stop, start:stop], errors[:, start:stop])
+        losses += row_products(scaled[:, start:stop] @ hessian[start:stop, start:stop], errors[:, start:stop])
         if stop < errors.shape[1]:
-            right = errors[:, stop:] @ (hessian[stop:, start:stop] / scale)
+            right = scaled[:, stop:] @ hessian[stop:, start:stop]
             losses += row_products(right, errors[:, start:stop]).mul_(2)
     return losses
 
@@ -33,8 +32,8 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     """float64 [rows]: Σ a·b of every row of two float32 [rows, n]."""
     if a.device.type != "cpu":
         return (a * b).sum(1, dtype=torch.float64)
-    out = torch.zeros(a.shape[0], dtype=torch.float64)
-    over_rows(a.shape[0], kernel, *arrays(a.contiguous(), b.contiguous(), out))
+    out = torch.empty(a.shape[0], dtype=torch.float64)
+    kernel(*arrays(a.contiguous(), b.contiguous(), out))
     return out
 
 

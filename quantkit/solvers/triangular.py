@@ -1,8 +1,4 @@
-"""Cholesky's factor in place, and systems of equations with it: matrix products, and kernels for what is left.
-
-Nothing here depends on the number of threads: products whose inner dimension is a block's do not, and the kernels' sums
-have a fixed order.
-"""
+"""Cholesky's factor in place, and systems of equations with it: matrix products, and kernels for what is left."""
 
 from __future__ import annotations
 
@@ -12,10 +8,11 @@ from torch import Tensor
 from quantkit.kernels.cholesky import factor_corner
 from quantkit.kernels.cholesky import substitute as kernel
 from quantkit.solvers.projection import arrays
-from quantkit.solvers.threads import over_rows
+from quantkit.solvers.threads import in_threads, runs
 
-PANEL = 512  # columns whose updates reach the rest of the matrix in one product
-STEP = 128  # columns that are factored at a time
+PANEL = 512  # columns that are factored before the next ones are looked at
+STEP = 128  # columns that are factored by a kernel
+ROWS = 256  # rows of a panel to a thread
 
 
 def cholesky(matrix: Tensor) -> bool:
@@ -26,64 +23,58 @@ def cholesky(matrix: Tensor) -> bool:
     n = matrix.shape[0]
     for left in range(0, n, PANEL):
         right = min(left + PANEL, n)
-        for start in range(left, right, STEP):
-            stop = min(start + STEP, right)
-            corner = matrix[start:stop, start:stop].contiguous()
-            if not _corner(corner):
-                return False
-            matrix[start:stop, start:stop] = corner
-            if stop == n:
-                break
-            below = substitute(corner.mT, matrix[stop:, start:stop])
-            matrix[stop:, start:stop] = below
-            if stop < right:
-                matrix[stop:, stop:right].addmm_(below, below[: right - stop].mT, alpha=-1)
-        for start in range(right, n, PANEL):
-            stop = min(start + PANEL, n)
-            block = matrix[start:, left:right]
-            matrix[start:, start:stop].addmm_(block, block[: stop - start].mT, alpha=-1)
+        done, panel = matrix[left:right, :left], matrix[:, left:right]
+
+        def update(rows: slice, done: Tensor = done, panel: Tensor = panel, left: int = left) -> None:
+            panel[rows].addmm_(matrix[rows, :left], done.mT, alpha=-1)
+
+        def finish(rows: slice, panel: Tensor = panel, left: int = left, right: int = right) -> None:
+            if left:
+                update(rows)
+            panel[rows] = substitute(matrix[left:right, left:right].mT, panel[rows])
+
+        if left:
+            in_threads(update, runs(left, right, STEP, matrix.device), matrix.device)
+        if not in_threads(_corner, [matrix[left:right, left:right]], matrix.device)[0]:
+            return False
+        in_threads(finish, runs(right, n, ROWS, matrix.device), matrix.device)
+    in_threads(lambda rows: matrix[rows].tril_(rows.start), runs(0, n, ROWS, matrix.device), matrix.device)
+    return True
+
+
+def _corner(matrix: Tensor) -> bool:
+    """The lower factor of one panel's corner in its place, zeros above."""
+    if matrix.device.type != "cpu":
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        matrix.copy_(factor)
+        return int(info) == 0
+    n = matrix.shape[0]
+    for start in range(0, n, STEP):
+        stop = min(start + STEP, n)
+        corner = matrix[start:stop, start:stop].contiguous()
+        if not factor_corner(*arrays(corner)):
+            return False
+        matrix[start:stop, start:stop] = corner
+        below = substitute(corner.mT, matrix[stop:, start:stop])
+        matrix[stop:, start:stop] = below
+        matrix[stop:, stop:].addmm_(below, below.mT, alpha=-1)
     matrix.tril_()
     return True
 
 
-def _corner(corner: Tensor) -> bool:
-    if corner.device.type == "cpu":
-        return bool(factor_corner(*arrays(corner)))
-    factor, info = torch.linalg.cholesky_ex(corner)
-    corner.copy_(factor)
-    return int(info) == 0
-
-
 def substitute(upper: Tensor, right: Tensor) -> Tensor:
-    """X with X·upper = right, a new float32 [rows, n]. upper: float32 [n, n], triangular, a block's size."""
+    """X with X·upper = right, a new float32 [rows, n]. upper: float32 [n, n], upper triangular."""
     if right.device.type != "cpu":
         solved: Tensor = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
         return solved
-    x = right.contiguous() if not right.is_contiguous() else right.clone()
-    over_rows(x.shape[0], kernel, *arrays(upper.contiguous(), x))
+    x = right.clone(memory_format=torch.contiguous_format)
+    for start in range(0, upper.shape[0], STEP):
+        stop = min(start + STEP, upper.shape[0])
+        block = x[:, start:stop].contiguous()
+        kernel(*arrays(upper[start:stop, start:stop].contiguous(), block))
+        x[:, start:stop] = block
+        x[:, stop:].addmm_(block, upper[start:stop, stop:], alpha=-1)
     return x
-
-
-def inverse_diagonal(lower: Tensor, pivots: Tensor) -> Tensor:
-    """float32 [n], the diagonal of (L·D²·Lᵀ)⁻¹ = L⁻ᵀ·D⁻²·L⁻¹, from panels of L⁻¹ that are not kept.
-
-    lower: L, float32 [n, n], unit lower triangular; pivots: D, float32 [n].
-    """
-    n = lower.shape[0]
-    weights = pivots.square().reciprocal()
-    diagonal = torch.empty_like(pivots)
-    for left in range(0, n, PANEL):
-        right = min(left + PANEL, n)
-        inverse = lower.new_zeros((n - left, right - left))  # rows left … n − 1 of columns left … right − 1 of L⁻¹
-        inverse.diagonal().fill_(1)
-        for start in range(left, n, STEP):
-            stop = min(start + STEP, n)
-            # X with L·X = B is the transpose of X' with X'·Lᵀ = B'.
-            block = substitute(lower[start:stop, start:stop].mT, inverse[start - left : stop - left].mT).mT
-            inverse[start - left : stop - left] = block
-            inverse[stop - left :].addmm_(lower[stop:, start:stop], block, alpha=-1)
-        diagonal[left:right] = inverse.square_().mul_(weights[left:, None]).sum(0)
-    return diagonal
 
 
 def solve_symmetric(lower: Tensor, pivots: Tensor, right: Tensor) -> None:

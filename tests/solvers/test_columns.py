@@ -53,7 +53,7 @@ def test_same_codes_as_the_oracle(
     weight, hessian = layer(rows, width)
     hessian[width // 2] = 0
     hessian[:, width // 2] = 0
-    solved = solve(weight, hessian, Settings(Grid(bits, group_size, symmetric), order))
+    solved = solve(weight, hessian, Settings(Grid(bits, group_size, symmetric), order, 0.01, 0, 0))
     coded, processing = solved.coded, processing_order(hessian, order)
     projection = uniform(bits, *map(torch.from_numpy, (coded.scales, coded.zeros, coded.g_idx)))
     expected = slow_codes(weight, hessian, processing, projection)
@@ -97,7 +97,7 @@ def masked(rows: int, width: int) -> Tensor:
 def test_pruned_weights_are_exactly_zero_and_the_others_make_up_for_them(symmetric: bool) -> None:
     weight, hessian = layer(6, 150)
     keep = masked(6, 150)
-    solved = solve(weight, hessian, Settings(Grid(4, 32, symmetric)), keep=keep)
+    solved = solve(weight, hessian, Settings(Grid(4, 32, symmetric), "static", 0.01, 0, 0), keep=keep)
     restored = torch.from_numpy(solved.coded.restore())
     assert not restored[~keep].any()
     pruned, size = total(row_losses(weight - weight * keep, hessian)), total(row_losses(weight, hessian))

@@ -103,16 +103,12 @@ def test_never_raises(data: st.DataObject) -> None:
 @pytest.mark.parametrize("n", [200, 1100])
 def test_same_bytes_for_any_number_of_threads(n: int) -> None:
     _, hessian = layer(1, n, tokens=64)
-    before = torch.get_num_threads()
     found = set()
-    try:
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            factor = factorize(hessian, torch.arange(n), 0.01)
-            assert factor is not None
-            found.add(factor.lower.numpy().tobytes() + factor.pivots.numpy().tobytes())
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        factor = factorize(hessian, torch.arange(n), 0.01)
+        assert factor is not None
+        found.add(b"".join(part.numpy().tobytes() for part in (factor.lower, factor.pivots)))
     assert len(found) == 1
 
 

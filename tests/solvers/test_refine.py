@@ -31,20 +31,23 @@ def rounded(weight: Tensor, grid: Grid, keep: Tensor | None = None) -> tuple[Pro
     return projection, round_all(weight, projection)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 50), (8, -1)])
-def test_every_step_wins(bits: int, group_size: int, symmetric: bool) -> None:
+def test_every_step_wins(bits: int, group_size: int, symmetric: bool, ridge: float) -> None:
     weight, hessian = layer(24, 300)
+    ridge *= float(hessian.diagonal().mean())
+    damped = hessian + ridge * torch.eye(300)
     projection, codes = rounded(weight, Grid(bits, group_size, symmetric))
-    losses = [loss(weight, hessian, projection, codes)]
+    losses = [loss(weight, damped, projection, codes)]
     for _ in range(3):
-        projection = refit(weight, hessian, projection, codes)
-        losses.append(loss(weight, hessian, projection, codes))
-        descend(weight, hessian, projection, codes)
-        losses.append(loss(weight, hessian, projection, codes))
+        projection = refit(weight, hessian, projection, codes, ridge)
+        losses.append(loss(weight, damped, projection, codes))
+        descend(weight, hessian, projection, codes, ridge)
+        losses.append(loss(weight, damped, projection, codes))
     for before, after in pairwise(losses):
         assert (after <= before * (1 + 1e-6)).all()
-    assert losses[-1].sum() < 0.6 * losses[0].sum()
+    assert losses[-1].sum() < 0.7 * losses[0].sum()
     assert torch.equal(projection.scales.half().float(), projection.scales)
     assert (projection.scales != 0).all()
     assert (codes <= 2**bits - 1).all()

@@ -49,14 +49,12 @@ def test_equations(rows: int, n: int) -> None:
 
 @pytest.mark.parametrize("n", [5, 133, 700])
 def test_same_bytes_for_any_number_of_threads(n: int) -> None:
-    right = torch.randn(40, n, generator=torch.Generator().manual_seed(0))
     found = set()
     matrix = definite(n)
     for threads in (1, 2, 3, 16):
         torch.set_num_threads(threads)
-        lower, x = matrix.clone(), right.clone()
+        lower = matrix.clone()
         assert cholesky(lower)
         lower /= lower.diagonal().clone()
-        solve_symmetric(lower, torch.ones(n), x)
-        found.add(lower.numpy().tobytes() + x.numpy().tobytes())
+        found.add(lower.numpy().tobytes())
     assert len(found) == 1

@@ -1,0 +1,159 @@
+"""The layer stream against the whole model with hooks: what every linear sees, and what leaves the last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eval_models import KINDS, build, quiet_transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import quantkit
+from quantkit.calibration.skeleton import Skeleton
+from quantkit.calibration.stream import Linear, Statistics, Stream, token_scales
+from quantkit.calibration.weights import CheckpointWeights
+from quantkit.checkpoint.reader import SourceFiles
+from quantkit.layouts import open_checkpoint
+
+ROWS, LENGTH = 10, 24
+
+
+class Run:
+    """A folder's stream over random rows. `seen`: by linear, what it was shown of its inputs."""
+
+    def __init__(self, source: Path, scratch: Path, change: float, *, full: bool, held: int) -> None:
+        plan = quantkit.plan(str(source), recipe())
+        checkpoint = open_checkpoint(source)
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(3, 250, (ROWS, LENGTH), generator=generator, dtype=torch.int32)
+        self.change, self.seen, self.weights = change, {}, {}
+        self.tokens: dict[str, int] = {}
+        with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
+            skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
+            places = {p.name: p for layer in skeleton.inside for p in layer}
+            linears: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
+            for unit in plan.units:
+                if unit.calibrated and unit.linear is not None:
+                    found = Linear(places[unit.name], unit.linear.transposed, unit.linear.expert)
+                    linears[unit.linear.layer][unit.linear.module] = found
+            self.experts = {name for layer in linears for name, x in layer.items() if x.expert}
+            weights = CheckpointWeights(checkpoint, files)
+            stream = Stream(skeleton, weights, self.ids, linears, scratch, full=full, held=held)
+            stream.begin()
+            for index in range(len(linears)):
+                stream.layer(index, self.solve)
+            self.hidden = torch.cat([stream.states["quantized"][len(linears) % 2].read(r) for r in range(ROWS)])
+            stream.close()
+
+    def solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
+        partial = found.hessian.clone()
+        cross = {name: part.clone() for name, part in found.cross.items()}
+        found.complete()
+        for name in group:
+            self.seen[name] = (found.hessian.clone(), cross.get(name), partial)
+            self.tokens[name] = found.tokens
+            self.weights[name] = found.weights[name] * (1 + self.change)
+        return {name: self.weights[name] for name in group}
+
+
+def recipe() -> dict[str, Any]:
+    calibration = {"samples": 1, "length": 16}
+    return {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}, "calibration": calibration}
+
+
+def hooked(source: Path, ids: torch.Tensor, changed: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Σ x·xᵀ by linear over all rows, tokens weighted, of the whole model with some weights exchanged; and the hidden
+    states that leave the last layer."""
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    hessians: dict[str, Any] = {}
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    with torch.no_grad():
+        for name, weight in changed.items():
+            module = model.get_submodule(name)
+            module.weight.copy_(weight.T if module.weight.shape != weight.shape or transposed(module) else weight)
+    scales: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
+
+    def enters(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        scales[:] = [torch.cat([token_scales(row) for row in hidden])]
+
+    def leaves(_module: nn.Module, _args: Any, output: Any) -> None:
+        last[:] = [output[0] if isinstance(output, tuple) else output]
+
+    for layer in layers:
+        layer.register_forward_pre_hook(enters, with_kwargs=True)
+    layers[-1].register_forward_hook(leaves)
+    for name in changed:
+
+        def sees(_module: nn.Module, args: Any, name: str = name) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]) * scales[0]
+            hessians[name] = x.T @ x
+
+        model.get_submodule(name).register_forward_pre_hook(sees)
+    with torch.no_grad():
+        model(ids.long())
+    return hessians, last[0]
+
+
+def transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "moe" not in k and k != "mixtral"])
+def test_every_linear_is_shown_what_it_gets_in_the_quantized_model(tmp_path: Path, kind: str) -> None:
+    """Weights are changed on the way: a linear must see what the changed ones before it make, not the old ones."""
+    source = build(tmp_path / "source", kind)
+    run = Run(source, tmp_path, 0.1, full=False, held=3)
+    hessians, hidden = hooked(source, run.ids, run.weights)
+    assert run.seen.keys() == hessians.keys()
+    for name, (hessian, *_) in run.seen.items():
+        torch.testing.assert_close(hessian, hessians[name], rtol=1e-4, atol=1e-4 * float(hessians[name].abs().max()))
+    torch.testing.assert_close(run.hidden, hidden, rtol=1e-4, atol=1e-4 * float(hidden.abs().max()))
+
+
+def test_rows_held_in_memory_or_run_again_change_nothing(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    runs = [Run(source, tmp_path, 0.1, full=True, held=held) for held in (0, 4, ROWS)]
+    for name, (hessian, cross, _) in runs[0].seen.items():
+        for other in runs[1:]:
+            assert torch.equal(hessian, other.seen[name][0])
+            assert torch.equal(cross, other.seen[name][1])
+
+
+def test_wanted_outputs_are_those_of_the_full_model(tmp_path: Path) -> None:
+    """With nothing changed both streams are one, and so Σ y·xᵀ = W·Σ x·xᵀ over the rows not held out."""
+    source = build(tmp_path / "source")
+    run = Run(source, tmp_path, 0.0, full=True, held=0)
+    for name, (hessian, cross, partial) in run.seen.items():
+        assert run.tokens[name] == ROWS * LENGTH
+        assert hessian.trace() > partial.trace()
+        expected = run.weights[name] @ partial
+        torch.testing.assert_close(cross, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_an_expert_sees_the_tokens_sent_to_it(tmp_path: Path, kind: str) -> None:
+    source = build(tmp_path / "source", kind)
+    run = Run(source, tmp_path, 0.0, full=True, held=0)
+    ups = sorted(n for n in run.experts if n.endswith(("up_proj", "w3")) and ".0." in n)
+    assert ups
+    layer = [n for n in ups if n.split("layers.")[1].startswith("0.")]
+    assert sum(run.tokens[n] for n in layer) == 2 * ROWS * LENGTH  # two experts a token
+    assert all(run.seen[n][1] is None for n in run.experts)
+
+
+def test_scales_of_tokens() -> None:
+    hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    hidden[4] *= 1000
+    hidden[7] = 0  # an embedding that was never trained
+    scaled = hidden * token_scales(hidden)
+    sizes = scaled.square().mean(-1)
+    assert torch.allclose(sizes[[0, 1, 2, 3, 4, 5, 6, 8]], torch.ones(8))
+    assert sizes[7] == 0
+    assert torch.equal(token_scales(torch.zeros(3, 8)), torch.ones(3, 1))
