@@ -52,7 +52,7 @@ _quantize_options = _options(
     click.option("--sym/--no-sym", default=None, help="gptq, rtn: no zero points, or with.  [default: sym]"),
     click.option("--act-order", help="gptq: static, group (desc_act) or none.  [default: static]"),
     click.option("--effort", help="gptq: low, default or high.  [default: default]"),
-    click.option("--damp", type=float, help="gptq: part of the mean diagonal added to the Hessian.  [default: 0.01]"),
+    click.option("--damp", type=float, help="gptq: part of the mean diagonal added to the Hessian.  [default: 0.03]"),
     click.option("--checkpoint-format", help="gptq, rtn: gptq or gptq_v2.  [default: gptq]"),
     click.option("--format", help="gptq, rtn: gptq or compressed-tensors.  [default: gptq]"),
     click.option("--calib", metavar="TEXT", help="gptq: FILE.txt, .jsonl, .parquet or a Hub dataset to calibrate on."),

@@ -53,6 +53,10 @@ class SourceError(InputError):
     pass
 
 
+class NotFiniteError(SourceError):
+    """A weight holds a NaN or an infinity: no run of the same plan can end."""
+
+
 class OutputError(InputError):
     pass
 

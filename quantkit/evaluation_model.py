@@ -101,7 +101,7 @@ class FolderModel:
 
     @torch.inference_mode()
     def run(self, progress: Progress) -> None:
-        """The hidden states through all layers, in place. RunError where one is not finite."""
+        """The hidden states through all layers, in place. SourceError where one is not finite."""
         assert self.hidden is not None
         windows = self.hidden.shape[0]
         for index, places in enumerate(self.skeleton.inside):
@@ -139,8 +139,8 @@ def share(total: int, i: int, of: int) -> int:
     return total * (i + 1) // of - total * i // of
 
 
-def not_finite(what: str, window: int, folder: Path) -> RunError:
-    return RunError(
+def not_finite(what: str, window: int, folder: Path) -> SourceError:
+    return SourceError(
         f"{what} numbers that are not finite, in window {window} of the text", where=str(folder),
-        hint="run `quantkit verify` on the folder; the model may overflow on this text, too",
+        hint="its weights hold a NaN or an infinity, or it overflows on this text",
     )  # fmt: skip

@@ -101,8 +101,8 @@ def evaluate_folder(
     """Perplexity of a folder on the first `windows` windows of a text, `length` tokens each (1,024, or the context of
     the models where that is shorter); `against` adds the comparison.
 
-    Raises InputError or SourceError for a text or a folder that cannot be used, UsageError for numbers that do not go
-    with them, RunError if a model gives numbers that are not finite, or if its hidden states have no room on disk.
+    Raises InputError or SourceError for a text or a folder that cannot be used, or a model that gives numbers that are
+    not finite, UsageError for numbers that do not go with them, RunError if hidden states have no room on disk.
     """
     import torch
 

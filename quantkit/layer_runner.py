@@ -23,7 +23,7 @@ from quantkit.plans import Plan, Unit
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.calibration.stream import Statistics
+    from quantkit.calibration.statistics import Statistics
 
 REPORT_ROWS = 64  # of a weight, compared at a time
 

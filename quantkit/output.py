@@ -82,6 +82,16 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     return journal
 
 
+def abandon(out: Path, plan: Plan, journal: Journal) -> None:
+    """Takes away what a run that can never end has left, so that another may be started here."""
+    for shard in plan.shards:
+        for name in (shard.name, shard.name + PARTIAL):
+            (out / name).unlink(missing_ok=True)
+    journal.remove()
+    with suppress(OSError):  # what else is in it is not ours
+        out.rmdir()
+
+
 def _check_apart(out: Path, source: Path) -> None:
     target, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source))  # resolve() raises on a loop
     if target == origin or target.is_relative_to(origin) or origin.is_relative_to(target):

@@ -446,9 +446,9 @@ def _warnings(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Ta
     by_reason: dict[str, list[str]] = {}
     for module, why in chosen.refused.items():
         by_reason.setdefault(why, []).append(module)
+    linears = len(chosen.refused) + len(chosen.selection.encoded)
     for why, modules in by_reason.items():
-        more = f" and {len(modules) - 1:,} more" if len(modules) > 1 else ""
-        warnings.append(f"left dense: {modules[0]}{more}, which {why}")
+        warnings.append(f"{len(modules):,} of {linears:,} linears left dense, such as {modules[0]}, which {why}")
     odd = [u for u in units if u.weight is not None and (u.weight.columns % 64 or u.weight.rows % 32)]
     if odd and recipe.quantize is not None and recipe.quantize.method == "bnb" and recipe.quantize.bits == 4:
         warnings.append(

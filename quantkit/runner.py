@@ -32,14 +32,14 @@ from quantkit.checkpoint.views import SourceTensor, same_bytes
 from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write_error, write_file
 from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
-from quantkit.errors import Interrupted, RunError, SourceError
+from quantkit.errors import Interrupted, NotFiniteError, RunError, SourceError
 from quantkit.kernels.rope import to_halves, to_pairs
 from quantkit.layer_runner import LayerRun, LayersDone, can_resume, scratch
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import index_text
 from quantkit.memory import slab_elements
 from quantkit.methods.base import Array, Encoder, Report
-from quantkit.output import open_output
+from quantkit.output import abandon, open_output
 from quantkit.planner import config_text, weight_map
 from quantkit.plans import CARD, COPY, GENERATED, INDEX, MANIFEST, Plan, Unit
 from quantkit.publication import Measured, finish_manifest, manifest_text, render_from_manifest
@@ -62,8 +62,9 @@ class Outcome:
 
 
 def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, force: bool = False) -> Outcome:
-    """Runs the plan into `out`. Raises OutputError or SourceError before anything is written, SourceError for weights
-    that cannot be quantized, RunError when the machine fails, Interrupted on Ctrl-C: the last three can be resumed."""
+    """Runs the plan into `out`. Raises OutputError or SourceError before anything is written; NotFiniteError for
+    weights that cannot be quantized, and then nothing is left; SourceError where the source changes, RunError when the
+    machine fails, Interrupted on Ctrl-C: these three can be resumed."""
     started = time.monotonic()
     journal = open_output(out, plan, checkpoint, force=force)
     if journal is None:
@@ -97,6 +98,10 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
             _reopen(plan, out)
         shutil.rmtree(scratch(out), ignore_errors=True)
         journal.remove()
+    except NotFiniteError:
+        shutil.rmtree(scratch(out), ignore_errors=True)
+        abandon(out, plan, journal)
+        raise
     except KeyboardInterrupt:
         again = "the same command without --force" if force else "the same command"
         raise Interrupted(
@@ -313,7 +318,7 @@ class _Run:
             return 0
         if not self.plan.recipe.allow_nonfinite:
             index = ", ".join(map(str, np.unravel_index(start + at, unit.source.shape)))
-            raise SourceError(
+            raise NotFiniteError(
                 f"tensor {unit.name!r} holds a NaN or an infinity at [{index}]",
                 where=f"{self.files.folder}/{unit.source.file}",
                 hint="fetch or train the model again; --allow-nonfinite quantizes such values as zero, or copies them",

@@ -296,7 +296,7 @@ def test_numbers_that_are_not_finite(tmp_path: Path, made: Callable[..., Path], 
     broken = edit(changed(made(), tmp_path / "broken"), lambda t: t[name].fill_(float("nan")))
     with pytest.raises(QuantkitError, match="not finite") as error:
         quantkit.evaluate(broken, text, windows=2, length=32)
-    assert error.value.exit_code == 1
+    assert error.value.exit_code == 2
     assert ("layer 1" in error.value.what) == ("layers.1" in name)
     assert ("predictions" in error.value.what) == ("lm_head" in name)
 

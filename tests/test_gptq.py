@@ -88,12 +88,36 @@ def test_every_option_verifies(tmp_path: Path, bits: int, options: dict[str, Any
 
 
 def test_the_same_bytes_whatever_memory_and_threads(tmp_path: Path) -> None:
-    source = build(tmp_path / "source")
+    source = build(tmp_path / "source", hidden_size=192, intermediate_size=768)  # enough for sums to be shared out
     outs = []
-    for name, resources in {"a": {}, "b": {"max_memory": "2GB"}, "c": {"threads": 1}}.items():
+    for name, resources in {"a": {}, "b": {"max_memory": "2GB"}, "c": {"threads": 1}, "d": {"threads": 3}}.items():
         quantkit.quantize(str(source), tmp_path / name, {**recipe(source), "resources": resources})
         outs.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert outs[0] == outs[1] == outs[2]
+    assert outs[0] == outs[1] == outs[2] == outs[3]
+
+
+def test_a_value_that_is_not_finite_is_found_before_the_first_layer_is_solved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = build(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.calibration.stream.Stream.layer", None)
+        with pytest.raises(SourceError, match=r"down_proj.weight' holds a NaN or an infinity at \[3, 4\]"):
+            quantkit.quantize(str(source), tmp_path / "out", recipe(source))
+    assert not (tmp_path / "out").exists()
+    again = {**recipe(source), "allow_nonfinite": True}
+    assert quantkit.quantize(str(source), tmp_path / "out", again).units
+
+
+def test_doubts_about_the_text(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    (source / "calib.txt").write_text("the same" * 4000)
+    warnings = quantkit.plan(str(source), recipe(source)).warnings
+    assert any("repeat others" in w for w in warnings)
+    assert any("7 different tokens" in w for w in warnings)
 
 
 def test_what_is_not_solved_is_copied(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,63 +20,12 @@ import torch
 from quantkit.calibration.hidden import HiddenStates
 from quantkit.calibration.rows import Linears, Pass, apply_linear
 from quantkit.calibration.skeleton import Call, Place, Skeleton, Weights
+from quantkit.calibration.statistics import Row, Statistics
 from quantkit.errors import RunError
 
 HELD_OUT = 8
 FLOOR = 0.01  # of the median of its row: less does not make a token weigh more
 EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a fault of the model or of the text
-
-
-Row = tuple[torch.Tensor, torch.Tensor | None]  # what a linear gets: [tokens, in], and the same of the full model
-
-
-def _none() -> Iterator[Row]:
-    return iter(())
-
-
-@dataclass
-class Statistics:
-    """What linears with one input saw: sums over the tokens of all rows but those held out, float32. A token counts as
-    `token_scales` says, but in experts, which do not see a row as it is.
-
-    weights: of the linears, [out, in]. hessian: Σ x xᵀ [in, in], x from the quantized stream. cross: by linear, Σ y xᵀ
-    [out, in], y the output of the unquantized linear in the full-precision stream; empty without that stream, and for
-    experts. tokens: how many. held_out: the rows held out, gone through at each call.
-
-    They must not be part of a cycle: a Hessian is not to wait for the garbage collector.
-    """
-
-    weights: Mapping[str, torch.Tensor]
-    hessian: torch.Tensor
-    cross: dict[str, torch.Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    held_out: Callable[[], Iterator[Row]] = _none
-
-    def add(self, x: torch.Tensor, wanted: torch.Tensor | None) -> None:
-        """Counts a row."""
-        self.hessian.addmm_(x.T, x)
-        self.tokens += len(x)
-        for name, cross in self.cross.items():
-            assert wanted is not None
-            cross.addmm_(apply_linear(wanted, self.weights[name]).T, x)
-
-    def probe(self, name: str, step: torch.Tensor) -> tuple[float, float]:
-        """(Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of a linear's weight w: how
-        far along it y is come nearest to."""
-        gain = energy = 0.0
-        for x, wanted in self.held_out():
-            assert wanted is not None
-            moved = apply_linear(x, step)
-            missing = apply_linear(wanted, self.weights[name]) - apply_linear(x, self.weights[name])
-            gain += float((moved * missing).sum())
-            energy += float((moved * moved).sum())
-        return gain, energy
-
-    def complete(self) -> None:
-        """Adds the rows held out to the Hessian, once the cross is used up."""
-        for x, _ in self.held_out():
-            self.hessian.addmm_(x.T, x)
-            self.tokens += len(x)
 
 
 Solve = Callable[[tuple[str, ...], Statistics], Mapping[str, torch.Tensor]]
@@ -249,6 +198,7 @@ class Stream:
                 found.add(x, wanted)
             let_go(row)
         self._check_excluded(index)
+        found.finish_sums()
         found.held_out = apart
         return found
 
@@ -262,7 +212,7 @@ class Stream:
             raise RunError(
                 f"activations are not finite in {len(self.excluded)} of {len(self.ids)} calibration rows",
                 where=f"layer {layer}",
-                hint="the model overflows on this text, or holds such values itself; try another --calib, or --method rtn",
+                hint="the model overflows on this text, or holds such values; try another --calib, or --method rtn",
             )
 
     @contextmanager

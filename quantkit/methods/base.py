@@ -130,8 +130,8 @@ class Method(Generic[P]):
     others; None: transformers, or quantkit.load where the architecture's row warns.
     extra_files: written beside config.json, from its quantization_config. reader_notes: what readers cannot be told.
     Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from the
-    calibration.stream.Statistics of linears that share their inputs. Of methods whose weights are codes: pack, these as
-    the outputs; unpack, the inverse, which raises ValueError where outputs contradict each other.
+    calibration.statistics.Statistics of linears that share their inputs. Of methods whose weights are codes: pack,
+    these as the outputs; unpack, the inverse, which raises ValueError where outputs contradict each other.
     """
 
     name: str

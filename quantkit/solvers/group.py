@@ -33,7 +33,7 @@ def settings_for(settings: Settings, effort: Effort) -> Settings:
 
 
 class Statistics(Protocol):
-    """calibration.stream.Statistics, as far as it is needed here."""
+    """calibration.statistics.Statistics, as far as it is needed here."""
 
     weights: Mapping[str, Tensor]
     hessian: Tensor

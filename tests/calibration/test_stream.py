@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.calibration.skeleton import Skeleton
-from quantkit.calibration.stream import Linear, Statistics, Stream, token_scales
+from quantkit.calibration.statistics import Statistics
+from quantkit.calibration.stream import Linear, Stream, token_scales
 from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.layouts import open_checkpoint
@@ -146,6 +149,26 @@ def test_an_expert_sees_the_tokens_sent_to_it(tmp_path: Path, kind: str) -> None
     layer = [n for n in ups if n.split("layers.")[1].startswith("0.")]
     assert sum(run.tokens[n] for n in layer) == 2 * ROWS * LENGTH  # two experts a token
     assert all(run.seen[n][1] is None for n in run.experts)
+
+
+def test_no_hessian_and_no_weight_waits_for_the_garbage_collector(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(Run):
+        def solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
+            solved = {name: weight.clone() for name, weight in found.weights.items()}
+            alive.extend(weakref.ref(t) for t in (found.hessian, *found.weights.values(), *solved.values()))
+            return solved
+
+    gc.collect()
+    gc.disable()
+    try:
+        Watched(source, tmp_path, 0.0, full=True, held=3)
+        assert len(alive) == 2 * (4 + 2 * 7)  # two layers of four groups and seven linears
+        assert not [a for a in alive if a() is not None]
+    finally:
+        gc.enable()
 
 
 def test_scales_of_tokens() -> None:

@@ -31,7 +31,7 @@ def test_gptq_literally() -> None:
     assert json.dumps(block) == (
         '{"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false, "sym": true, "lm_head": false, '
         '"checkpoint_format": "gptq", "pack_dtype": "int32", "true_sequential": true, "static_groups": false, '
-        f'"damp_percent": 0.01, "meta": {{"quantizer": ["quantkit:{__version__}"]}}}}'
+        f'"damp_percent": 0.03, "meta": {{"quantizer": ["quantkit:{__version__}"]}}}}'
     )
 
 

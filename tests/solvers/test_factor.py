@@ -112,6 +112,30 @@ def test_same_bytes_for_any_number_of_threads(n: int) -> None:
     assert len(found) == 1
 
 
+GROWS = """
+import torch
+from quantkit.solvers.gptq import Settings, solve
+from quantkit.solvers.grids import Grid
+from quantkit.torch_setup import prepare_torch
+
+prepare_torch(2)
+generator = torch.Generator().manual_seed(0)
+sizes = []
+for _ in range(40):
+    x = torch.randn(512, 256, generator=generator)
+    solve(torch.randn(128, 256, generator=generator), x.T @ x, Settings(Grid(4, 32)))
+    sizes.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
+print(sizes[-1] - sizes[9])
+"""
+
+
+def test_nothing_is_kept_of_a_weight_that_is_solved() -> None:
+    """oneDNN compiles a kernel for each factor that is added with a product, and keeps it: half a megabyte a weight."""
+    done = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4 << 20
+
+
 MEASURE = """
 import resource, torch
 from quantkit.solvers.gptq import Settings, solve

@@ -1,0 +1,81 @@
+"""Sums over the calibration text: what a solver is told of a linear's inputs.
+
+All are made in parts that do not depend on how many threads there are, each by one thread: neither do the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from quantkit.calibration.rows import apply_linear
+from quantkit.solvers.threads import in_threads, parts
+
+Row = tuple[torch.Tensor, torch.Tensor | None]  # what a linear gets: [tokens, in], and the same of the full model
+
+
+def _none() -> Iterator[Row]:
+    return iter(())
+
+
+@dataclass
+class Statistics:
+    """What linears with one input saw: sums over the tokens of all rows but those held out, float32. A token counts as
+    `stream.token_scales` says, but in experts, which do not see a row as it is.
+
+    weights: of the linears, [out, in]. hessian: Σ x xᵀ [in, in], x from the quantized stream. cross: by linear, Σ y xᵀ
+    [out, in], y the output of the unquantized linear in the full-precision stream; empty without that stream, and for
+    experts. tokens: how many. held_out: the rows held out, gone through at each call.
+
+    They must not be part of a cycle: a Hessian is not to wait for the garbage collector.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    hessian: torch.Tensor
+    cross: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    held_out: Callable[[], Iterator[Row]] = _none
+
+    def add(self, x: torch.Tensor, wanted: torch.Tensor | None) -> None:
+        """Counts a row. Of the Hessian only the part on and below the diagonal, until `finish_sums`."""
+        self._add(x)
+        for name, cross in self.cross.items():
+            assert wanted is not None
+            y = apply_linear(wanted, self.weights[name])
+
+            def some(rows: slice, y: torch.Tensor = y, cross: torch.Tensor = cross) -> None:
+                cross[rows].addmm_(y[:, rows].T, x)
+
+            in_threads(some, parts(len(cross), x.device), x.device)
+
+    def _add(self, x: torch.Tensor) -> None:
+        def some(rows: slice) -> None:
+            self.hessian[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
+
+        in_threads(some, parts(x.shape[1], x.device), x.device)
+        self.tokens += len(x)
+
+    def finish_sums(self) -> None:
+        """Makes the Hessian whole: it is symmetric."""
+        for rows in parts(len(self.hessian), self.hessian.device):
+            self.hessian[: rows.start, rows] = self.hessian[rows, : rows.start].T
+
+    def probe(self, name: str, step: torch.Tensor) -> tuple[float, float]:
+        """(Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of a linear's weight w: how
+        far along it y is come nearest to."""
+        gain = energy = 0.0
+        for x, wanted in self.held_out():
+            assert wanted is not None
+            moved = apply_linear(x, step)
+            missing = apply_linear(wanted, self.weights[name]) - apply_linear(x, self.weights[name])
+            gain += float((moved * missing).sum(1).double().sum())
+            energy += float((moved * moved).sum(1).double().sum())
+        return gain, energy
+
+    def complete(self) -> None:
+        """Adds the rows held out to the Hessian, once the cross is used up."""
+        for x, _ in self.held_out():
+            self._add(x)
+        self.finish_sums()
