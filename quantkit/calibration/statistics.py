@@ -22,8 +22,7 @@ def _none() -> Iterator[Row]:
 
 @dataclass
 class Statistics:
-    """What linears with one input saw: sums over the tokens of all rows but those held out, float32. A token counts as
-    `stream.token_scales` says, but in experts, which do not see a row as it is.
+    """What linears with one input saw: sums over the tokens of all rows but those held out, float32.
 
     weights: of the linears, [out, in]. hessian: Σ x xᵀ [in, in], x from the quantized stream. cross: by linear, Σ y xᵀ
     [out, in], y the output of the unquantized linear in the full-precision stream; empty without that stream, and for

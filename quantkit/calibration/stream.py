@@ -24,7 +24,6 @@ from quantkit.calibration.statistics import Row, Statistics
 from quantkit.errors import RunError
 
 HELD_OUT = 8
-FLOOR = 0.01  # of the median of its row: less does not make a token weigh more
 EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a fault of the model or of the text
 
 
@@ -112,11 +111,6 @@ class Stream:
                 out.write(r, row.finish())
             out.sync()
 
-    def _scales(self, index: int, group: tuple[str, ...], row: int) -> torch.Tensor | None:
-        if self.linears[index][group[0]].expert:
-            return None
-        return token_scales(self.states["quantized"][index % 2].read(row, self.skeleton.device)[0])
-
     def _begin(self, index: int, stream: str, row: int) -> Callable[[], torch.Tensor]:
         states, device = self.states[stream][index % 2], self.skeleton.device
         return lambda: self.skeleton.run(index, states.read(row, device), self.calls[index])
@@ -170,13 +164,7 @@ class Stream:
 
         def inputs(row: int) -> Row:
             x = passes[row].stop(group[0]).reshape(-1, columns)
-            wanted = None if target is None else target.read(row, device).reshape(-1, columns)
-            scales = self._scales(index, group, row)
-            if scales is not None:
-                x = x * scales
-                if wanted is not None:
-                    wanted.mul_(scales)
-            return x, wanted
+            return x, None if target is None else target.read(row, device).reshape(-1, columns)
 
         def let_go(row: int) -> None:
             if places[row] >= self.held:
@@ -238,18 +226,6 @@ class Stream:
         for states in self.states.values():
             for state in states:
                 state.close()
-
-
-def token_scales(hidden: torch.Tensor) -> torch.Tensor:
-    """[tokens, 1]: what a token's inputs are multiplied by: one over the root mean square of the hidden state
-    [tokens, width] that enters the layer.
-
-    What a linear adds to a hidden state, the next norm divides by its size. Otherwise the few tokens on which attention
-    rests where it has nothing to look at, a hundred times as large as others, decide on every scale.
-    """
-    square = hidden.square().mean(-1, keepdim=True)
-    median = square.median()
-    return square.clamp_min(FLOOR * median).rsqrt() if median > 0 else torch.ones_like(square)
 
 
 def hidden_width(skeleton: Skeleton) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit.calibration.skeleton import Skeleton
 from quantkit.calibration.statistics import Statistics
-from quantkit.calibration.stream import Linear, Stream, token_scales
+from quantkit.calibration.stream import Linear, Stream
 from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.layouts import open_checkpoint
@@ -69,7 +69,7 @@ def recipe() -> dict[str, Any]:
 
 
 def hooked(source: Path, ids: torch.Tensor, changed: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Σ x·xᵀ by linear over all rows, tokens weighted, of the whole model with some weights exchanged; and the hidden
+    """Σ x·xᵀ by linear over all rows, of the whole model with some weights exchanged; and the hidden
     states that leave the last layer."""
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -79,23 +79,16 @@ def hooked(source: Path, ids: torch.Tensor, changed: Mapping[str, torch.Tensor])
         for name, weight in changed.items():
             module = model.get_submodule(name)
             module.weight.copy_(weight.T if module.weight.shape != weight.shape or transposed(module) else weight)
-    scales: list[torch.Tensor] = []
     last: list[torch.Tensor] = []
-
-    def enters(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        scales[:] = [torch.cat([token_scales(row) for row in hidden])]
 
     def leaves(_module: nn.Module, _args: Any, output: Any) -> None:
         last[:] = [output[0] if isinstance(output, tuple) else output]
 
-    for layer in layers:
-        layer.register_forward_pre_hook(enters, with_kwargs=True)
     layers[-1].register_forward_hook(leaves)
     for name in changed:
 
         def sees(_module: nn.Module, args: Any, name: str = name) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]) * scales[0]
+            x = args[0].reshape(-1, args[0].shape[-1])
             hessians[name] = x.T @ x
 
         model.get_submodule(name).register_forward_pre_hook(sees)
@@ -169,14 +162,3 @@ def test_no_hessian_and_no_weight_waits_for_the_garbage_collector(tmp_path: Path
         assert not [a for a in alive if a() is not None]
     finally:
         gc.enable()
-
-
-def test_scales_of_tokens() -> None:
-    hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
-    hidden[4] *= 1000
-    hidden[7] = 0  # an embedding that was never trained
-    scaled = hidden * token_scales(hidden)
-    sizes = scaled.square().mean(-1)
-    assert torch.allclose(sizes[[0, 1, 2, 3, 4, 5, 6, 8]], torch.ones(8))
-    assert sizes[7] == 0
-    assert torch.equal(token_scales(torch.zeros(3, 8)), torch.ones(3, 1))
