@@ -36,18 +36,24 @@ class Statistics:
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
     held_out: Callable[[], Iterator[Row]] = _none
+    _mixed: torch.Tensor | None = None  # Σ x̃ xᵀ, x̃ from the full-precision stream: all crosses in one
+
+    def aim(self) -> None:
+        """Makes room for a cross. As y = w·x̃, it is w·Σ x̃ xᵀ, too, which takes less time and room for many outputs."""
+        columns = len(self.hessian)
+        if columns < 2 * sum(len(weight) for weight in self.weights.values()):
+            self._mixed = torch.zeros_like(self.hessian)
+        else:
+            self.cross = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
 
     def add(self, x: torch.Tensor, wanted: torch.Tensor | None) -> None:
-        """Counts a row. Of the Hessian only the part on and below the diagonal, until `finish_sums`."""
+        """Counts a row: x [tokens, in]; wanted, x̃ of the same tokens. The sums are whole after `finish_sums`."""
         self._add(x)
+        if self._mixed is not None and wanted is not None:
+            _add_product(self._mixed, wanted, x)
         for name, cross in self.cross.items():
             assert wanted is not None
-            y = apply_linear(wanted, self.weights[name])
-
-            def some(rows: slice, y: torch.Tensor = y, cross: torch.Tensor = cross) -> None:
-                cross[rows].addmm_(y[:, rows].T, x)
-
-            in_threads(some, parts(len(cross), x.device), x.device)
+            _add_product(cross, apply_linear(wanted, self.weights[name]), x)
 
     def _add(self, x: torch.Tensor) -> None:
         def some(rows: slice) -> None:
@@ -57,9 +63,14 @@ class Statistics:
         self.tokens += len(x)
 
     def finish_sums(self) -> None:
-        """Makes the Hessian whole: it is symmetric."""
+        """Makes the Hessian whole, of which only what is on and below the diagonal was added up, and the crosses."""
         for rows in parts(len(self.hessian), self.hessian.device):
             self.hessian[: rows.start, rows] = self.hessian[rows, : rows.start].T
+        if (mixed := self._mixed) is not None:
+            self.cross = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+            for name, cross in self.cross.items():
+                _add_product(cross, self.weights[name].T, mixed)
+            self._mixed = None
 
     def probe(self, name: str, step: torch.Tensor) -> tuple[float, float]:
         """(Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of a linear's weight w: how
@@ -68,7 +79,7 @@ class Statistics:
         for x, wanted in self.held_out():
             assert wanted is not None
             moved = apply_linear(x, step)
-            missing = apply_linear(wanted, self.weights[name]) - apply_linear(x, self.weights[name])
+            missing = apply_linear(wanted - x, self.weights[name])
             gain += float((moved * missing).sum(1).double().sum())
             energy += float((moved * moved).sum(1).double().sum())
         return gain, energy
@@ -78,3 +89,12 @@ class Statistics:
         for x, _ in self.held_out():
             self._add(x)
         self.finish_sums()
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += aᵀ·b."""
+
+    def some(rows: slice) -> None:
+        total[rows].addmm_(a[:, rows].T, b)
+
+    in_threads(some, parts(len(total), total.device), total.device)

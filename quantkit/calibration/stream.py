@@ -158,8 +158,8 @@ class Stream:
         columns, device = weights[group[0]].shape[1], self.skeleton.device
         found = Statistics({name: weights[name] for name in group}, torch.zeros(columns, columns, device=device))
         if target is not None:
-            found.cross = {name: torch.zeros(weights[name].shape, device=device) for name in group}
-        held_out = self.held_out if found.cross else frozenset()
+            found.aim()
+        held_out = self.held_out if target is not None else frozenset()
         places = {row: place for place, row in enumerate(passes)}
 
         def inputs(row: int) -> Row:
