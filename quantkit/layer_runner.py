@@ -118,10 +118,13 @@ class LayerRun:
     def _solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
         import torch
 
+        from quantkit.torch_setup import give_back_beside
+
         quantize = self.plan.recipe.quantize
         assert quantize is not None
         method, params = quantize.implementation, quantize.params
         restored: dict[str, torch.Tensor] = {}
+        give_back_beside(found.hessian.nbytes)
         assert method.solve is not None
         for name, solved in method.solve(found, params):
             unit = self.units[name]
@@ -137,6 +140,7 @@ class LayerRun:
             self.committer.put(unit, report)
             self.progress.advance(unit.source.nbytes)
             self.progress.unit(unit.name, unit.source.nbytes)
+            give_back_beside(found.hessian.nbytes)
         return restored
 
 

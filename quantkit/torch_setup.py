@@ -9,7 +9,8 @@ from contextlib import suppress
 import torch
 
 # Of glibc's malloc.h: options of mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_LARGE = 32 << 20  # the most that glibc takes for a threshold
 
 
 def prepare_torch(threads: int) -> None:
@@ -26,6 +27,12 @@ def prepare_torch(threads: int) -> None:
     _keep_freed_memory()
 
 
+def give_back_beside(nbytes: int) -> None:
+    """`give_back` beside a matrix so large that it takes no time against what is done with the matrix."""
+    if nbytes >= 2 * _LARGE:
+        give_back()
+
+
 def give_back() -> None:
     """Returns freed memory to the system. What a layer's weights took lies in the heap in pieces between small objects
     that stay, and the next layer's do not fit there."""
@@ -35,9 +42,10 @@ def give_back() -> None:
 
 def _keep_freed_memory() -> None:
     """Activations come and go by the megabyte, always of the same sizes. glibc would give such blocks back to the
-    kernel and take them anew, page by page; kept in the heap they are faster, and leave fewer holes."""
+    kernel and take them anew, page by page; kept in the heap they are faster, and leave fewer holes. Not the Hessian of
+    a large model: where it was, something small would soon lie, and the next one need as much again."""
     with suppress(OSError, AttributeError):  # another C library
         c = ctypes.CDLL(None)
         c.mallopt(_M_ARENA_MAX, 1)
-        c.mallopt(_M_MMAP_MAX, 0)
+        c.mallopt(_M_MMAP_THRESHOLD, _LARGE)
         c.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -15,9 +15,10 @@ from quantkit.solvers.grids import Grid, coded, search_scales
 from quantkit.solvers.projection import Projection, residual, round_all, uniform
 from quantkit.solvers.quadratic import row_losses, total
 from quantkit.solvers.refine import descend, refit
-from quantkit.solvers.threads import in_threads, parts
+from quantkit.solvers.threads import in_threads, parts, runs
 from quantkit.solvers.triangular import solve_symmetric
 
+COLUMNS = 1024  # of a Hessian in one product: oneDNN copies what it reads of it, for each thread
 Order = Literal["static", "none", "group"]
 
 
@@ -190,10 +191,13 @@ def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) ->
         if factor is None:
             return cross.zero_()
 
-        def some(rows: slice) -> None:
-            missing = cross[rows].addmm_(weight[rows], hessian, alpha=-1).div_(factor.scale)
+        def part(rows: slice) -> None:
+            missing = cross[rows]
+            for columns in runs(0, len(hessian), COLUMNS, hessian.device):
+                missing[:, columns].addmm_(weight[rows], hessian[:, columns], alpha=-1)
+            missing.div_(factor.scale)
             missing[:, factor.dead] = 0
             solve_symmetric(factor.lower, factor.pivots, missing)
 
-        in_threads(some, parts(weight.shape[0], weight.device), weight.device)
+        in_threads(part, parts(weight.shape[0], weight.device), weight.device)
         return cross

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.solvers.gptq import Report, Settings, Solved, factor_for, solve, step_toward
 from quantkit.solvers.grids import rtn
+from quantkit.torch_setup import give_back_beside
 
 Effort = Literal["low", "default", "high"]
 
@@ -57,6 +58,7 @@ def solve_group(found: Statistics, settings: Settings, effort: Effort) -> Iterat
         part = strength(*found.probe(name, step))
         targets[name] = step.mul_(part).add_(weight)
     found.complete()
+    give_back_beside(found.hessian.nbytes)
     if found.tokens < FEWEST_TOKENS:
         for name, weight in weights.items():
             yield name, Solved(rtn(weight, settings.grid), Report(None, None, 0.0, True, False, 0))
