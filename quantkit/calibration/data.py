@@ -21,7 +21,7 @@ from quantkit.calibration.data_text import Document, Source, open_source
 from quantkit.calibration.data_tokenizer import read_tokenizer
 from quantkit.errors import InputError, RecipeError, SourceError
 
-FEW_DISTINCT = 50
+FEW_DISTINCT = 50  # tokens; fewer are a word or two, again and again
 LENGTH = 1024
 # With a seed, rows are drawn from so many tokens at the beginning of a text, or from four times what is asked for. More
 # would not make better rows, and nobody waits for a tokenizer to read a whole crawl.

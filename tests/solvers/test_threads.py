@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from quantkit import layer_memory
+from quantkit.solvers import threads as solver_threads
 from quantkit.solvers.threads import in_threads, parts
 
 CPU = torch.device("cpu")
@@ -43,6 +45,11 @@ def test_a_part_may_change_tensors_of_the_caller(inference: bool, threads: int) 
         made = in_threads(lambda item: out[item : item + 1].add_(item), range(4), CPU)
         assert out.tolist() == [0, 1, 2, 3]
     assert all(tensor.is_inference() == inference for tensor in made)
+
+
+def test_the_plan_knows_the_largest_part() -> None:
+    """It cannot import this module, which takes torch."""
+    assert layer_memory.MOST == solver_threads.MOST
 
 
 def test_errors_arrive() -> None:
