@@ -80,13 +80,12 @@ class LayerRun:
 
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Linear, Stream
-        from quantkit.torch_setup import prepare_torch
+        from quantkit.torch_setup import fast_dtype, prepare_torch
 
         plan = self.plan
-        quantize, tokens, memory = plan.recipe.quantize, plan.tokens, plan.memory.layers
+        quantize, tokens = plan.recipe.quantize, plan.tokens
         assert quantize is not None
         assert tokens is not None
-        assert memory is not None
         prepare_torch(plan.memory.threads)
         weights = _Checked(self)
         skeleton = Skeleton(
@@ -102,7 +101,7 @@ class LayerRun:
         folder.mkdir(exist_ok=True)
         stream = Stream(
             skeleton, weights, torch.from_numpy(tokens.ids.copy()), layers, folder,
-            full="full" in plan.streams, held=memory.held,
+            full="full" in plan.streams, compute=fast_dtype(skeleton.device),
         )  # fmt: skip
         try:
             stream.excluded = set(done.excluded)

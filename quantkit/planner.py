@@ -401,7 +401,8 @@ def _layers(units: Sequence[Unit]) -> list[LayerShape]:
         layer = next((n for prefix, n in prefixes.items() if u.name.startswith(prefix)), None)
         if layer is not None:
             others[layer] += u.source.numel
-    return [LayerShape(tuple(solved[n]), tuple(experts[n]), others[n]) for n in solved]
+    itemsize = max(u.source.nbytes // u.source.numel for u in units if u.calibrated)
+    return [LayerShape(tuple(solved[n]), tuple(experts[n]), itemsize, others[n]) for n in solved]
 
 
 def _copies(unit: Unit, *, checked: bool) -> float:

@@ -13,11 +13,16 @@ from quantkit.checkpoint.writer import write_error
 
 
 class HiddenStates:
-    """A file of float32 [rows, length, width]. What is read of it is a copy."""
+    """A file of [rows, length, width] numbers of one type. What is read of it is a copy.
 
-    def __init__(self, path: Path, rows: int, length: int, width: int) -> None:
-        self.path, self.shape = path, (rows, length, width)
-        self.row_bytes = length * width * 4
+    A row may be written in another shape, with fewer tokens (those that an expert got): it is read in that shape, as
+    long as the object lives.
+    """
+
+    def __init__(self, path: Path, rows: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self.path, self.shape, self.dtype = path, (rows, length, width), dtype
+        self.row_bytes = length * width * dtype.itemsize
+        self._shapes: dict[int, torch.Size] = {}
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     @property
@@ -30,8 +35,10 @@ class HiddenStates:
         return os.fstat(self._fd).st_size == self.nbytes
 
     def write(self, row: int, hidden: torch.Tensor) -> None:
-        """hidden: [1, length, width]."""
-        view = hidden.detach().to("cpu", torch.float32).contiguous().numpy().data.cast("B")
+        """hidden: [1, length, width], or [..., width] of at most `length` tokens."""
+        self._shapes[row] = hidden.shape
+        whole = hidden.detach().to("cpu", self.dtype).contiguous()
+        view = whole.view(torch.uint8).numpy().data.cast("B") if whole.numel() else memoryview(b"")
         offset = row * self.row_bytes
         try:
             while view:
@@ -41,16 +48,17 @@ class HiddenStates:
             raise write_error(e, self.path) from None
 
     def read(self, row: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """[1, length, width]."""
-        buffer = np.empty((1, *self.shape[1:]), np.float32)
-        view = buffer.data.cast("B")
+        """[1, length, width], or in the shape that it was written in."""
+        shape = self._shapes.get(row, (1, *self.shape[1:]))
+        buffer = np.empty(int(np.prod(shape)) * self.dtype.itemsize, np.uint8)
+        view = buffer.data.cast("B") if buffer.size else memoryview(b"")
         offset = row * self.row_bytes
         while view:
             n = os.preadv(self._fd, [view], offset)
             if n == 0:
                 raise EOFError(f"{self.path} ends within row {row}")
             view, offset = view[n:], offset + n
-        return torch.from_numpy(buffer).to(device)
+        return torch.from_numpy(buffer).view(self.dtype).reshape(shape).to(device)
 
     def sync(self) -> None:
         sync_data(self._fd)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import linear
 
-from quantkit.calibration.rows import apply_linear
 from quantkit.solvers.threads import in_threads, parts
 
-Row = tuple[torch.Tensor, torch.Tensor | None]  # what a linear gets: [tokens, in], and the same of the full model
+# What a linear gets: [tokens, in], and the same of the full model; in the dtype that linears compute in.
+Row = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def _none() -> Iterator[Row]:
@@ -24,14 +25,16 @@ def _none() -> Iterator[Row]:
 class Statistics:
     """What linears with one input saw: sums over the tokens of all rows but those held out, float32.
 
-    weights: of the linears, [out, in]. hessian: Σ x xᵀ [in, in], x from the quantized stream. cross: by linear, Σ y xᵀ
-    [out, in], y the output of the unquantized linear in the full-precision stream; empty without that stream, and for
-    experts. tokens: how many. held_out: the rows held out, gone through at each call.
+    weights: of the linears, [out, in]; ready: the same as the passes compute with. hessian: Σ x xᵀ [in, in], x from the
+    quantized stream. cross: by linear, Σ y xᵀ [out, in], y the output of the unquantized linear in the full-precision
+    stream; empty without that stream, and for experts. tokens: how many. held_out: the rows held out, gone through at
+    each call.
 
     They must not be part of a cycle: a Hessian is not to wait for the garbage collector.
     """
 
     weights: Mapping[str, torch.Tensor]
+    ready: Mapping[str, torch.Tensor]
     hessian: torch.Tensor
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
@@ -44,16 +47,20 @@ class Statistics:
         if columns < 2 * sum(len(weight) for weight in self.weights.values()):
             self._mixed = torch.zeros_like(self.hessian)
         else:
-            self.cross = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+            self.cross = self._empty()
+
+    def _empty(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in self.weights.items()}
 
     def add(self, x: torch.Tensor, wanted: torch.Tensor | None) -> None:
         """Counts a row: x [tokens, in]; wanted, x̃ of the same tokens. The sums are whole after `finish_sums`."""
-        self._add(x)
+        inputs = x.float()
+        self._add(inputs)
         if self._mixed is not None and wanted is not None:
-            _add_product(self._mixed, wanted, x)
+            _add_product(self._mixed, wanted.float(), inputs)
         for name, cross in self.cross.items():
             assert wanted is not None
-            _add_product(cross, apply_linear(wanted, self.weights[name]), x)
+            _add_product(cross, linear(wanted, self.ready[name]).float(), inputs)
 
     def _add(self, x: torch.Tensor) -> None:
         def some(rows: slice) -> None:
@@ -67,7 +74,7 @@ class Statistics:
         for rows in parts(len(self.hessian), self.hessian.device):
             self.hessian[: rows.start, rows] = self.hessian[rows, : rows.start].T
         if (mixed := self._mixed) is not None:
-            self.cross = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+            self.cross = self._empty()
             for name, cross in self.cross.items():
                 _add_product(cross, self.weights[name].T, mixed)
             self._mixed = None
@@ -76,10 +83,12 @@ class Statistics:
         """(Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of a linear's weight w: how
         far along it y is come nearest to."""
         gain = energy = 0.0
+        ready = self.ready[name]
+        step = step.to(ready.dtype)
         for x, wanted in self.held_out():
             assert wanted is not None
-            moved = apply_linear(x, step)
-            missing = apply_linear(wanted - x, self.weights[name])
+            moved = linear(x, step).float()
+            missing = linear(wanted - x, ready).float()
             gain += float((moved * missing).sum(1).double().sum())
             energy += float((moved * moved).sum(1).double().sum())
         return gain, energy
@@ -87,7 +96,7 @@ class Statistics:
     def complete(self) -> None:
         """Adds the rows held out to the Hessian, once the cross is used up."""
         for x, _ in self.held_out():
-            self._add(x)
+            self._add(x.float())
         self.finish_sums()
 
 
@@ -95,6 +104,6 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += aᵀ·b."""
 
     def some(rows: slice) -> None:
-        total[rows].addmm_(a[:, rows].T, b)
+        total[rows].addmm_(a[:, rows].T.float(), b)
 
     in_threads(some, parts(len(total), total.device), total.device)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.rows import Linears, Pass, apply_linear
+from quantkit.calibration.rows import Linears, Passes, apply_linear
 from quantkit.calibration.skeleton import Call, Place, Skeleton, Weights
 from quantkit.calibration.statistics import Row, Statistics
 from quantkit.errors import RunError
@@ -40,12 +40,25 @@ class Linear:
     expert: bool
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's linears, and the weights of those not yet solved, [out, in]: as they are on disk, and as passes compute
+    with them. The other parameters are in their modules."""
+
+    linears: Linears
+    weights: dict[str, torch.Tensor]
+    ready: dict[str, torch.Tensor]
+
+    def drop(self, group: Sequence[str]) -> None:
+        for name in group:
+            del self.weights[name], self.ready[name]
+
+
 class Stream:
     """Hidden states of all rows, and the layers that take them further.
 
     ids: int32 [rows, length]. linears: of each layer, those to solve. full: follow the full-precision model, too.
-    held: so many rows keep their stopped passes in memory (faster), the others run the layer again up to where they
-    stopped (less memory). It changes no bit of the result.
+    compute: the dtype in which linears multiply; all else is float32.
     """
 
     def __init__(
@@ -57,10 +70,10 @@ class Stream:
         folder: Path,
         *,
         full: bool,
-        held: int = 0,
+        compute: torch.dtype = torch.float32,
     ) -> None:
         self.skeleton, self.weights, self.ids, self.linears = skeleton, weights, ids, linears
-        self.folder, self.full, self.held = folder, full, held
+        self.folder, self.full, self.compute = folder, full, compute
         rows, length = ids.shape
         width = hidden_width(skeleton)
         names = ("quantized", "full") if full else ("quantized",)
@@ -86,63 +99,64 @@ class Stream:
     def layer(self, index: int, solve: Solve) -> None:
         """Takes all rows through one layer. `solve` gets each group's statistics, and returns the weights to go on
         with."""
-        with self._loaded(index) as (linears, weights):
-            groups = self._groups(index, linears, weights)
-            targets = self._follow_full(index, linears, weights, groups) if self.full else {}
-            new: dict[str, torch.Tensor] = {}
-            passes = {r: Pass(linears, self._begin(index, "quantized", r), new) for r in self.rows}
-            for group in groups:
-                target = targets.pop(group, None)
-                statistics = self._look(index, group, passes, weights, target)
-                new |= {name: w.to(self.skeleton.device) for name, w in solve(group, statistics).items()}
-                del statistics
-                for name in group:
-                    del weights[name]
-                if target is not None:
-                    target.remove()
-                for row in passes.values():
-                    row.go_past(group)
-            for name in list(weights):  # nothing calls it: nothing is known of its inputs
-                own = {name: weights.pop(name)}
-                columns = own[name].shape[1]
-                solve((name,), Statistics(own, torch.zeros(columns, columns, device=self.skeleton.device)))
-            out = self.states["quantized"][(index + 1) % 2]
-            for r, row in passes.items():
-                out.write(r, row.finish())
-            out.sync()
+        with self._loaded(index) as layer:
+            groups = layer.linears.groups(lambda: self._run(index, "quantized", self.rows[0]), layer.ready)
+            targets = self._follow_full(index, layer, groups) if self.full else {}
+            experts = frozenset(name for name, linear in self.linears[index].items() if linear.expert)
+            passes = Passes(layer.linears, lambda row: self._run(index, "quantized", row), experts)
+            with closing(passes):
+                for number, group in enumerate(groups):
+                    width = layer.weights[group[0]].shape[1]
+                    inputs = self._file(f"input-{number}", width)
+                    target = targets.pop(group, None)
+                    found = self._look(index, group, passes, layer, inputs, target)
+                    kept = passes.keep(group, inputs)
+                    new = solve(group, found)
+                    del found
+                    layer.drop(group)
+                    if target is not None:
+                        target.remove()
+                    passes.go_past({n: w.to(self.skeleton.device, self.compute) for n, w in new.items()})
+                    del new
+                    if not kept:
+                        inputs.remove()
+                for name in list(layer.weights):  # nothing calls it: nothing is known of its inputs
+                    columns = layer.weights[name].shape[1]
+                    nothing = torch.zeros(columns, columns, device=self.skeleton.device)
+                    solve((name,), Statistics({name: layer.weights[name]}, {}, nothing))
+                    layer.drop((name,))
+                out = self.states["quantized"][(index + 1) % 2]
+                for row in self.rows:
+                    out.write(row, passes.finish(row))
+                out.sync()
 
-    def _begin(self, index: int, stream: str, row: int) -> Callable[[], torch.Tensor]:
-        states, device = self.states[stream][index % 2], self.skeleton.device
-        return lambda: self.skeleton.run(index, states.read(row, device), self.calls[index])
+    def _file(self, name: str, width: int) -> HiddenStates:
+        return HiddenStates(self.folder / name, len(self.ids), self.ids.shape[1], width, self.compute)
 
-    def _groups(self, index: int, linears: Linears, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
-        return linears.groups(self._begin(index, "quantized", self.rows[0]), weights)
+    def _run(self, index: int, stream: str, row: int) -> torch.Tensor:
+        before = self.states[stream][index % 2].read(row, self.skeleton.device)
+        return self.skeleton.run(index, before, self.calls[index])
 
     def _follow_full(
-        self,
-        index: int,
-        linears: Linears,
-        weights: Mapping[str, torch.Tensor],
-        groups: Sequence[tuple[str, ...]],
+        self, index: int, layer: _Layer, groups: Sequence[tuple[str, ...]]
     ) -> dict[tuple[str, ...], HiddenStates]:
         """Takes the full-precision stream through the layer. Returns what each group of linears gets there, on disk."""
-        length = self.ids.shape[1]
-        aimed = [g for g in groups if not self.linears[index][g[0]].expert]
         inputs = {
-            g: HiddenStates(self.folder / f"input-{i}", len(self.ids), length, weights[g[0]].shape[1])
-            for i, g in enumerate(aimed)
+            group: self._file(f"target-{number}", layer.weights[group[0]].shape[1])
+            for number, group in enumerate(groups)
+            if not self.linears[index][group[0]].expert
         }
-        first = {g[0]: states for g, states in inputs.items()}
+        first = {group[0]: states for group, states in inputs.items()}
         out = self.states["full"][(index + 1) % 2]
         for r in self.rows:
 
             def answer(name: str, x: torch.Tensor, row: int = r) -> torch.Tensor:
                 if name in first:
-                    first[name].write(row, x.reshape(1, length, -1))
-                return apply_linear(x, weights[name])
+                    first[name].write(row, x)
+                return apply_linear(x, layer.ready[name])
 
-            linears.answer = answer
-            out.write(r, self._begin(index, "full", r)())
+            layer.linears.answer = answer
+            out.write(r, self._run(index, "full", r))
         out.sync()
         return inputs
 
@@ -150,41 +164,37 @@ class Stream:
         self,
         index: int,
         group: tuple[str, ...],
-        passes: dict[int, Pass],
-        weights: Mapping[str, torch.Tensor],
+        passes: Passes,
+        layer: _Layer,
+        inputs: HiddenStates,
         target: HiddenStates | None,
     ) -> Statistics:
-        """Statistics of one group over all rows. Rows with a value that is not finite are left out from here on."""
-        columns, device = weights[group[0]].shape[1], self.skeleton.device
-        found = Statistics({name: weights[name] for name in group}, torch.zeros(columns, columns, device=device))
+        """Statistics of one group over all rows, whose inputs are kept in a file. Rows with a value that is not finite
+        are left out from here on."""
+        columns, device = inputs.shape[2], self.skeleton.device
+        weights = {name: layer.weights[name] for name in group}
+        ready = {name: layer.ready[name] for name in group}
+        found = Statistics(weights, ready, torch.zeros(columns, columns, device=device))
         if target is not None:
             found.aim()
         held_out = self.held_out if target is not None else frozenset()
-        places = {row: place for place, row in enumerate(passes)}
 
-        def inputs(row: int) -> Row:
-            x = passes[row].stop(group[0]).reshape(-1, columns)
-            return x, None if target is None else target.read(row, device).reshape(-1, columns)
-
-        def let_go(row: int) -> None:
-            if places[row] >= self.held:
-                passes[row].drop()
+        def wanted(row: int) -> torch.Tensor | None:
+            return None if target is None else target.read(row, device).reshape(-1, columns)
 
         def apart() -> Iterator[Row]:
-            for row in passes:
+            for row in self.rows:
                 if row in held_out:
-                    yield inputs(row)
-                    let_go(row)
+                    yield inputs.read(row, device).reshape(-1, columns), wanted(row)
 
-        for row in list(passes):
-            x, wanted = inputs(row)
-            if not all(bool(torch.isfinite(t).all()) for t in (x, wanted) if t is not None):
+        for row in self.rows:
+            x = passes.stop(row, group[0]).to(self.compute)
+            inputs.write(row, x)
+            x, aim = x.reshape(-1, columns), wanted(row)
+            if not (_finite(x) and (aim is None or _finite(aim))):
                 self.excluded.add(row)
-                passes.pop(row).drop()
-                continue
-            if row not in held_out:
-                found.add(x, wanted)
-            let_go(row)
+            elif row not in held_out:
+                found.add(x, aim)
         self._check_excluded(index)
         found.finish_sums()
         found.held_out = apart
@@ -204,8 +214,8 @@ class Stream:
             )
 
     @contextmanager
-    def _loaded(self, index: int) -> Iterator[tuple[Linears, dict[str, torch.Tensor]]]:
-        """The layer's parameters in memory: those to solve by name, [out, in], the others in their modules."""
+    def _loaded(self, index: int) -> Iterator[_Layer]:
+        """The layer's parameters in memory."""
         skeleton, wanted = self.skeleton, self.linears[index]
         places = {linear.place for linear in wanted.values()}
         others = [p for p in skeleton.inside[index] if p not in places]
@@ -214,10 +224,12 @@ class Stream:
         for name, linear in wanted.items():
             value = self.weights.read(linear.place.name).to(skeleton.device)
             value = value.T.contiguous() if linear.transposed else value
-            weights[name] = value.float()
-        linears = Linears({name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()})
+            weights[name] = value.float() if self.compute == torch.float32 else value
+        ready = {name: weight.to(self.compute) for name, weight in weights.items()}
+        modules = {name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()}
+        linears = Linears(skeleton.layers[index], modules)
         try:
-            yield linears, weights
+            yield _Layer(linears, weights, ready)
         finally:
             linears.release()
             skeleton.clear(others)
@@ -232,3 +244,8 @@ def hidden_width(skeleton: Skeleton) -> int:
     """Width of the hidden states between layers."""
     config = skeleton.model.config
     return int(getattr(config, "hidden_size", None) or config.n_embd)
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """Whether all numbers are finite; by their sum first, which is not if one of them is not."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -95,30 +96,28 @@ def solve(
 ) -> Solved:
     """The codes of a linear layer.
 
-    weight: float32 [rows = out, columns = in], finite. hessian: float32 [columns, columns], Σ x·xᵀ over inputs x, in
-    any unit; left as it is; beside it one more matrix of its size is held. target: float32 like the weight, what to
+    weight: [rows = out, columns = in] of any float type, finite. hessian: float32 [columns, columns], Σ x·xᵀ over
+    inputs x, in any unit; left as it is; beside it one more matrix of its size is held. target: as the weight, what to
     come near to instead of it. keep: bool like the weight, false where it is pruned: its code is the zero point.
     factor: from `factor_for` of the same Hessian and settings. All on one device. Never raises for what the Hessian
     holds.
     """
     target = weight if target is None else target
-    assert weight.dtype == hessian.dtype == target.dtype == torch.float32
+    assert hessian.dtype == torch.float32
     with torch.no_grad():
         return _solve(weight.detach(), hessian, settings, target.detach(), keep, factor)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some rows, solved and rounded to nearest: codes, scales, and what each row of them loses."""
+class _Rows:
+    """What is found row by row: codes, scales, zeros; what each row loses with them, and rounded to nearest on the
+    scales that were searched. Made as a whole: results of parts would lie scattered between freed memory of others."""
 
-    codes: Tensor
-    scales: Tensor
-    losses: Tensor
-    nearest: Tensor
-    nearest_scales: Tensor
-    nearest_losses: Tensor
-    sizes: Tensor  # w·H·wᵀ
-    zeros: Tensor
+    def __init__(self, weight: Tensor, groups: int) -> None:
+        rows, columns = weight.shape
+        self.codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
+        self.scales = torch.empty((rows, groups), dtype=torch.float16, device=weight.device)
+        self.zeros = torch.empty((rows, groups), dtype=torch.uint8, device=weight.device)
+        self.losses, self.nearest_losses, self.sizes = torch.zeros((3, rows), dtype=torch.float64, device=weight.device)
 
 
 def _solve(
@@ -132,28 +131,29 @@ def _solve(
     if settings.order == "group":
         group = torch.empty_like(group).index_copy(0, order, group)
     scale = mean_diagonal(hessian)
+    found = _Rows(weight, grid.groups(weight.shape[1]))
 
-    def some(rows: slice) -> _Part:
-        aim, kept = target[rows], None if keep is None else keep[rows]
-        scales, zeros = search_scales(aim if kept is None else aim * kept, grid, importance, group)
-        searched = uniform(grid.bits, scales, zeros, group, kept)
-        nearest = round_all(aim, searched)
-        sizes = row_losses(weight[rows], hessian, scale)
-        nearest_losses = row_losses(residual(aim, nearest, searched), hessian, scale)
-        if factor is None:
-            return _Part(nearest, scales, nearest_losses, nearest, scales, nearest_losses, sizes, zeros)
-        projection, codes = _refined(aim, hessian, searched, factor, settings)
-        losses = row_losses(residual(aim, codes, projection), hessian, scale)
-        return _Part(codes, projection.scales.half(), losses, nearest, scales, nearest_losses, sizes, zeros)
+    def some(rows: slice, factor: Factor | None) -> None:
+        aim, kept = target[rows].float(), None if keep is None else keep[rows]
+        scales, found.zeros[rows] = search_scales(aim if kept is None else aim * kept, grid, importance, group)
+        projection = uniform(grid.bits, scales, found.zeros[rows], group, kept)
+        codes = round_all(aim, projection)
+        found.sizes[rows] = row_losses(weight[rows].float(), hessian, scale)
+        found.nearest_losses[rows] = row_losses(residual(aim, codes, projection), hessian, scale)
+        if factor is not None:
+            projection, codes = _refined(aim, hessian, projection, factor, settings)
+            found.losses[rows] = row_losses(residual(aim, codes, projection), hessian, scale)
+        found.codes[rows], found.scales[rows] = codes, projection.scales.half()
 
-    found = in_threads(some, parts(weight.shape[0], weight.device), weight.device)
+    def solve_rows(factor: Factor | None) -> None:
+        rows = parts(weight.shape[0], weight.device, weight.shape[1])
+        in_threads(partial(some, factor=factor), rows, weight.device)
 
-    def whole(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in found])
-
-    size, loss, rtn_loss = (total(whole(name)) for name in ("sizes", "losses", "nearest_losses"))
+    solve_rows(factor)
+    size, loss, rtn_loss = total(found.sizes), total(found.losses), total(found.nearest_losses)
     ours = factor is not None and loss < rtn_loss
-    codes, scales = (whole(name) for name in (("codes", "scales") if ours else ("nearest", "nearest_scales")))
+    if factor is not None and not ours:
+        solve_rows(None)
     unit, known = size if size > 0 else 1.0, size < float("inf")
     report = Report(
         loss=(loss if ours else rtn_loss) / unit if known else None,
@@ -163,7 +163,7 @@ def _solve(
         kept_rtn=factor is not None and not ours,
         dead=int((hessian.diagonal() == 0).sum()),
     )
-    return Solved(coded(grid, codes, scales, whole("zeros"), group), report)
+    return Solved(coded(grid, found.codes, found.scales, found.zeros, group), report)
 
 
 def _refined(
@@ -192,12 +192,12 @@ def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) ->
             return cross.zero_()
 
         def part(rows: slice) -> None:
-            missing = cross[rows]
+            missing, own = cross[rows], weight[rows].float()
             for columns in runs(0, len(hessian), COLUMNS, hessian.device):
-                missing[:, columns].addmm_(weight[rows], hessian[:, columns], alpha=-1)
+                missing[:, columns].addmm_(own, hessian[:, columns], alpha=-1)
             missing.div_(factor.scale)
             missing[:, factor.dead] = 0
             solve_symmetric(factor.lower, factor.pivots, missing)
 
-        in_threads(part, parts(weight.shape[0], weight.device), weight.device)
+        in_threads(part, parts(weight.shape[0], weight.device, weight.shape[1]), weight.device)
         return cross

@@ -111,14 +111,16 @@ def coded(grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tenso
 
 
 def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Coded:
-    """Round to nearest: every weight for itself, on scales from `search_scales`. weight: float32 [rows, columns]."""
+    """Round to nearest: every weight for itself, on scales from `search_scales`. weight: [rows, columns] of any
+    float type."""
     group = grid.natural(weight.shape[1], weight.device)
 
     def some(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        scales, zeros = search_scales(weight[rows], grid, importance)
-        return round_to_grid(weight[rows], scales, zeros, group, grid.bits), scales, zeros
+        aim = weight[rows].float()
+        scales, zeros = search_scales(aim, grid, importance)
+        return round_to_grid(aim, scales, zeros, group, grid.bits), scales, zeros
 
-    found = in_threads(some, parts(weight.shape[0], weight.device), weight.device)
+    found = in_threads(some, parts(weight.shape[0], weight.device, weight.shape[1]), weight.device)
     codes, scales, zeros = (torch.cat(column) for column in zip(*found, strict=True))
     return coded(grid, codes, scales, zeros, group)
 

@@ -47,7 +47,7 @@ class Statistics(Protocol):
 
 
 def solve_group(found: Statistics, settings: Settings, effort: Effort) -> Iterator[tuple[str, Solved]]:
-    """(name, Solved) of each of the weights float32 [out, in] of linears that share their inputs. Without a cross a
+    """(name, Solved) of each of the weights [out, in] of linears that share their inputs. Without a cross a
     linear is aimed at its own weight."""
     weights = found.weights
     settings = settings_for(settings, effort)

@@ -19,11 +19,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 LEAST, MOST, PARTS = 64, 256, 16  # rows to a part: enough for a product to be fast, and parts for as many threads
+LARGEST = 2**20  # numbers in a part, as far as LEAST rows have fewer
 
 
-def parts(rows: int, device: torch.device) -> list[slice]:
-    """Rows 0 … rows − 1 in runs of a suitable size; on a device that is not the CPU, one."""
-    return runs(0, rows, min(max(-(-rows // PARTS) + 15 & ~15, LEAST), MOST), device)
+def parts(rows: int, device: torch.device, columns: int = 1) -> list[slice]:
+    """Rows 0 … rows − 1, each of so many columns, in runs of a suitable size; on a device that is not the CPU, one."""
+    return runs(0, rows, min(max(-(-rows // PARTS) + 15 & ~15, LEAST), most_rows(columns)), device)
+
+
+def most_rows(columns: int) -> int:
+    """The most rows to a part."""
+    return max(min(MOST, LARGEST // columns & ~15), LEAST)
 
 
 def runs(start: int, stop: int, size: int, device: torch.device) -> list[slice]:

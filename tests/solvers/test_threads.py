@@ -49,7 +49,8 @@ def test_a_part_may_change_tensors_of_the_caller(inference: bool, threads: int) 
 
 def test_the_plan_knows_the_largest_part() -> None:
     """It cannot import this module, which takes torch."""
-    assert layer_memory.MOST == solver_threads.MOST
+    ours, theirs = layer_memory, solver_threads
+    assert (ours.MOST, ours.LEAST, ours.LARGEST) == (theirs.MOST, theirs.LEAST, theirs.LARGEST)
 
 
 def test_errors_arrive() -> None:
