@@ -233,10 +233,10 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
         worst = max(found.errors, key=lambda name: found.errors[name])
         rows.append(("largest error", f"{found.errors[worst]:.4f}  {worst}"))
     rows += [("problem", problem) for problem in found.problems]
-    rows.append(("result", f"{len(found.problems)} problems" if found.problems else "sound"))
+    what = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
+    rows.append(("result", what if found.problems else "sound"))
     console.result({"sound": not found.problems, **asdict(found)}, table(rows))
     if found.problems:
-        what = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
         hint = "write the folder again with --force"
         if source is not None:
             hint += ", unless --source is not what it was made from"

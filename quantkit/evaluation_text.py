@@ -103,7 +103,9 @@ def _too_short(source: Source, tokens: int, windows: int, length: int) -> InputE
     if tokens < 2:
         return InputError(f"{source.name} is empty", where=source.where, hint="name a file with text in it")
     whole = tokens // length
-    hint = f"--windows {whole} or less" if whole else f"--length {tokens} or less"
+    hint = f"--windows {whole}" + (" or less" if whole > 1 else "")
+    if not whole:
+        hint = f"--windows 1 --length {tokens} or less"
     return UsageError(
         f"the text has {tokens:,} tokens, and --windows {windows:,} of --length {length:,} need {windows * length:,}",
         where=source.where, hint=f"name a longer text, or {hint}",

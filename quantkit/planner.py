@@ -234,14 +234,15 @@ def _choose(quantize: Quantize, checkpoint: Checkpoint, tensors: Sequence[Source
     chosen = {f"{x.module}.weight": x for x in wanted if x.module not in refused}
     if not chosen:
         why = f"{len(linears)} linear layers found, all of them skipped"
+        hint = "check --skip, and that config.json belongs to these weights"
         if refused:
             module, reason = next(iter(refused.items()))
             why = f"{module}, as an example, {reason}"
+            hint = "try --method bnb" + (", or another --group-size" if "group size" in reason else "")
         raise SourceError(
             f"nothing is left to quantize: {why}",
             where=str(checkpoint.folder),
-            hint="try --method bnb, or another --group-size" if refused
-            else "check --skip, and that config.json belongs to these weights",
+            hint=hint,
         )  # fmt: skip
     skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
     return _Chosen(

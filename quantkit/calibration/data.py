@@ -203,9 +203,9 @@ def _too_little(
         return InputError(f"{source.name} is empty", where=source.where, hint="name a file with text in it")
     hint = "name a longer text"
     if rows:
-        hint += f", or set calibration.samples to {rows} or less"
+        hint += f", or set calibration.samples to {rows}" + (" or less" if rows > 1 else "")
     elif tokens >= 2:
-        hint += f", or set calibration.length to {tokens} or less"
+        hint += f", or set calibration.samples to 1 and calibration.length to {tokens} or less"
     return RecipeError(
         f"the calibration text makes {rows:,} row{'' if rows == 1 else 's'} of {length:,} tokens, and "
         f"{calibration.samples:,} are asked for",

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import quantkit
+from quantkit.calibration.hidden import HiddenStates
 from quantkit.calibration.skeleton import Skeleton
 from quantkit.calibration.statistics import Statistics
 from quantkit.calibration.stream import Linear, Stream
@@ -113,6 +114,43 @@ def test_every_linear_is_shown_what_it_gets_in_the_quantized_model(tmp_path: Pat
     for name, (hessian, *_) in run.seen.items():
         torch.testing.assert_close(hessian, hessians[name], rtol=1e-4, atol=1e-4 * float(hessians[name].abs().max()))
     torch.testing.assert_close(run.hidden, hidden, rtol=1e-4, atol=1e-4 * float(hidden.abs().max()))
+
+
+def test_attention_that_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a row for the inputs of what comes behind it, and once a layer to see in which order linears are called."""
+    source = build(tmp_path / "source")
+    attention, calls = nn.functional.scaled_dot_product_attention, []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    Run(source, tmp_path, 0.1, full=False)
+    assert len(calls) == 2 * (ROWS + 1)
+
+
+def test_linears_in_bfloat16_see_nearly_the_same(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "qwen3")
+    exact = Run(source, tmp_path, 0.1, full=True)
+    fast = Run(source, tmp_path, 0.1, full=True, compute=torch.bfloat16)
+    for name, (hessian, cross, _) in exact.seen.items():
+        assert fast.seen[name][0].dtype == torch.float32
+        for a, b in ((hessian, fast.seen[name][0]), (cross, fast.seen[name][1])):
+            assert 0 < (a - b).norm() / a.norm() < 0.02
+    assert 0 < (exact.hidden - fast.hidden).norm() / exact.hidden.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_come_back_as_they_were_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    states = HiddenStates(tmp_path / "states", 3, 4, 5, dtype)
+    rows = [torch.randn(1, 4, 5), torch.randn(2, 5), torch.empty(0, 5)]
+    for i in (2, 0, 1):
+        states.write(i, rows[i])
+    for i in (1, 2, 0):
+        assert torch.equal(states.read(i), rows[i].to(dtype))
+    states.remove()
+    assert not (tmp_path / "states").exists()
 
 
 def test_wanted_outputs_are_those_of_the_full_model(tmp_path: Path) -> None:
