@@ -351,7 +351,8 @@ def test_numbers_that_do_not_go_together(story: Path, tmp_path: Path) -> None:
     assert raised.value.hint == "name a longer text, or set calibration.samples to 1"
     with pytest.raises(RecipeError, match="makes 0 rows of 64 tokens") as raised:
         load(short, length=64)
-    assert raised.value.hint == f"name a longer text, or set calibration.samples to 1 and calibration.length to {count} or less"
+    hint = raised.value.hint
+    assert hint == f"name a longer text, or set calibration.samples to 1 and calibration.length to {count} or less"
     with pytest.raises(RecipeError, match="the calibration text makes"):
         load(None, samples=60_000)
     with pytest.raises(RecipeError, match=r"calibration\.length is 65, and the model's context ends at 64"):
