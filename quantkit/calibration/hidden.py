@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from quantkit.checkpoint.system import sync_data
@@ -37,8 +36,7 @@ class HiddenStates:
     def write(self, row: int, hidden: torch.Tensor) -> None:
         """hidden: [1, length, width], or [..., width] of at most `length` tokens."""
         self._shapes[row] = hidden.shape
-        whole = hidden.detach().to("cpu", self.dtype).contiguous()
-        view = whole.view(torch.uint8).numpy().data.cast("B") if whole.numel() else memoryview(b"")
+        view = _bytes(hidden.detach().to("cpu", self.dtype).contiguous())
         offset = row * self.row_bytes
         try:
             while view:
@@ -49,16 +47,15 @@ class HiddenStates:
 
     def read(self, row: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """[1, length, width], or in the shape that it was written in."""
-        shape = self._shapes.get(row, (1, *self.shape[1:]))
-        buffer = np.empty(int(np.prod(shape)) * self.dtype.itemsize, np.uint8)
-        view = buffer.data.cast("B") if buffer.size else memoryview(b"")
+        hidden = torch.empty(self._shapes.get(row, (1, *self.shape[1:])), dtype=self.dtype)
+        view = _bytes(hidden)
         offset = row * self.row_bytes
         while view:
             n = os.preadv(self._fd, [view], offset)
             if n == 0:
                 raise EOFError(f"{self.path} ends within row {row}")
             view, offset = view[n:], offset + n
-        return torch.from_numpy(buffer).view(self.dtype).reshape(shape).to(device)
+        return hidden.to(device)
 
     def sync(self) -> None:
         sync_data(self._fd)
@@ -71,3 +68,9 @@ class HiddenStates:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    flat = tensor.reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
