@@ -87,12 +87,19 @@ def _build(config: Mapping[str, Any], where: str) -> Any:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is not ours, at any depth; the model_type of an inner config stays, it selects that one's class."""
+    """Without what is not ours, at any depth; the model_type of an inner config stays, it selects that one's class.
+    Infinities and NaN, which transformers writes as {"__float__": "Infinity"}, are numbers again."""
     inner = tuple(key for key in _NOT_OURS if key != "model_type")
     plain = {key: value for key, value in config.items() if key not in _NOT_OURS}
 
     def clean(value: Any) -> Any:
-        return {k: clean(v) for k, v in value.items() if k not in inner} if isinstance(value, dict) else value
+        if isinstance(value, list):
+            return [clean(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {k: clean(v) for k, v in value.items() if k not in inner}
 
     return {key: clean(value) for key, value in plain.items()}
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,29 +15,10 @@ from quantkit.errors import RunError, SourceError
 from quantkit.layouts import Checkpoint
 from quantkit.planner import CONTEXTS
 from quantkit.restored import RestoredWeights, open_files
-from quantkit.torch_setup import give_back, prepare_torch
+from quantkit.torch_setup import give_back
 
 CHUNK = 2**22  # logits of a model held at once: 16 MiB, whatever the vocabulary
 FLOAT = 4
-
-
-@contextmanager
-def torch_settings(threads: int) -> Iterator[None]:
-    """Computes with `threads` threads; what the caller's process had set comes back.
-
-    Products of float32 go through oneDNN where that rounds nothing (see `torch_setup`): perplexity of the 135M model is
-    the same to 1e-7 with and without.
-    """
-    before = torch.get_num_threads()
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    precision = getattr(matmul, "fp32_precision", None)
-    prepare_torch(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        if matmul is not None:
-            matmul.fp32_precision = precision
 
 
 class FolderModel:
@@ -84,8 +64,7 @@ class FolderModel:
 
     def embed(self, ids: torch.Tensor, scratch: Path) -> None:
         """Token ids [windows, length] → hidden states in a file without a name: it is gone with the process."""
-        rows, self.calls = self.skeleton.embed(self.weights, ids)
-        with closing(rows):
+        with self.skeleton.embedded(self.weights, ids) as (rows, self.calls):
             first = next(rows)
             self.hidden = HiddenStates(scratch / "hidden", len(ids), ids.shape[1], first.shape[-1])
             self.hidden.path.unlink()

@@ -106,7 +106,8 @@ def evaluate_folder(
     """
     import torch
 
-    from quantkit.evaluation_model import FolderModel, torch_settings
+    from quantkit.evaluation_model import FolderModel
+    from quantkit.torch_setup import torch_settings
 
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} is no number of threads", hint="1 or more, or leave it out")

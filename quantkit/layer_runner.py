@@ -7,10 +7,12 @@ that was interrupted goes on with the layer that it was at.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.architectures import hidden_width
 from quantkit.checkpoint.journal import FOLDER
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.writer import ShardWriter
@@ -30,15 +32,18 @@ REPORT_ROWS = 64  # of a weight, compared at a time
 
 @dataclass(frozen=True)
 class LayersDone:
-    """What the journal says of an earlier run: how many layers are finished, and which rows were left out by then."""
+    """What the journal says of an earlier run: how many layers are finished, which rows were left out by then, and the
+    dtype that linears computed in."""
 
     layers: int = 0
     excluded: frozenset[int] = frozenset()
+    compute: str = ""
 
     @classmethod
     def read(cls, entries: list[dict[str, Any]]) -> LayersDone:
         found = [e for e in entries if "layer" in e]
-        return cls(int(found[-1]["layer"]) + 1, frozenset(found[-1]["excluded"])) if found else cls()
+        last = found[-1] if found else None
+        return cls() if last is None else cls(int(last["layer"]) + 1, frozenset(last["excluded"]), last["compute"])
 
 
 def scratch(out: Path) -> Path:
@@ -48,13 +53,16 @@ def scratch(out: Path) -> Path:
 
 def can_resume(plan: Plan, out: Path, done: LayersDone) -> bool:
     """Whether the hidden states that the next layer needs are there."""
-    names = plan.streams
-    return all((scratch(out) / f"{name}-{done.layers % 2}").is_file() for name in names)
+    if plan.tokens is None:
+        return True
+    nbytes = plan.tokens.ids.size * hidden_width(plan.config) * 4
+    files = [scratch(out) / f"{name}-{done.layers % 2}" for name in plan.streams]
+    return all(file.is_file() and file.stat().st_size == nbytes for file in files)
 
 
 class LayerRun:
     """The layers of one run. `check` looks through a weight for what is not finite, and says how many values it set to
-    zero; `reports`: what was solved, by tensor; `excluded`: rows of text that were left out."""
+    zero; `reports`: what was solved, by tensor; `done`: how far it is."""
 
     def __init__(
         self,
@@ -72,7 +80,7 @@ class LayerRun:
         self.units = {u.weight.module: u for u in plan.units if u.calibrated and u.weight is not None}
         self.zeroed: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
-        self.excluded = 0
+        self.done = LayersDone()
 
     def run(self, out: Path, done: LayersDone) -> None:
         """All layers from the first that is not finished."""
@@ -80,13 +88,12 @@ class LayerRun:
 
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Linear, Stream
-        from quantkit.torch_setup import fast_dtype, prepare_torch
+        from quantkit.torch_setup import fast_dtype, torch_settings
 
-        plan = self.plan
+        plan, self.done = self.plan, done
         quantize, tokens = plan.recipe.quantize, plan.tokens
         assert quantize is not None
         assert tokens is not None
-        prepare_torch(plan.memory.threads)
         weights = _Checked(self)
         skeleton = Skeleton(
             self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.folder, plan.recipe.resources.device
@@ -99,20 +106,22 @@ class LayerRun:
             layers[unit.linear.layer][name] = linear
         folder = scratch(out)
         folder.mkdir(exist_ok=True)
-        stream = Stream(
-            skeleton, weights, torch.from_numpy(tokens.ids.copy()), layers, folder,
-            full="full" in plan.streams, compute=fast_dtype(skeleton.device),
-        )  # fmt: skip
-        try:
+        compute = fast_dtype(skeleton.device)
+        ids = torch.from_numpy(tokens.ids.copy())
+        with (
+            torch_settings(plan.memory.threads),
+            closing(
+                Stream(skeleton, weights, ids, layers, folder, full="full" in plan.streams, compute=compute)
+            ) as stream,
+        ):
             stream.excluded = set(done.excluded)
             stream.begin(done.layers)
             for index in range(done.layers, len(layers)):
                 stream.layer(index, self._solve)
-                self.committer.note({"layer": index, "excluded": sorted(stream.excluded)})
+                note = {"layer": index, "excluded": sorted(stream.excluded), "compute": str(compute).split(".")[1]}
+                self.committer.note(note)
                 self.committer.check()
-            self.excluded = len(stream.excluded)
-        finally:
-            stream.close()
+                self.done = LayersDone.read([note])
 
     def _solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
         import torch

@@ -36,12 +36,13 @@ _WIDEST_COUNT = 10**12 - 1
 @dataclass(frozen=True)
 class Measured:
     """What the run found out: a Report for each encoded tensor, SHA-256 of what was written and of what was read, and
-    how many rows of calibration text had to be left out."""
+    how many rows of calibration text had to be left out, and what linears computed in meanwhile."""
 
     reports: Mapping[str, Report]
     outputs: Mapping[str, str]
     sources: Mapping[str, str]
     excluded: int = 0
+    compute: str = ""
 
     @classmethod
     def placeholder(cls, plan: Plan, files: Iterable[PlannedFile]) -> Measured:
@@ -52,6 +53,7 @@ class Measured:
             {f.name: "0" * 64 for f in files},
             {row["name"]: "0" * 64 for row in plan.draft["source"]["files"]},
             _WIDEST_COUNT,
+            "bfloat16",
         )
 
 
@@ -169,7 +171,8 @@ def finish_manifest(draft: Mapping[str, Any], measured: Measured, files: Iterabl
     ]
     if calibrated:
         fallbacks = sum(r.fallback for r in measured.reports.values())
-        manifest["calibration"] = {**draft["calibration"], "excluded": measured.excluded, "fallbacks": fallbacks}
+        found = {"excluded": measured.excluded, "fallbacks": fallbacks, "compute": measured.compute}
+        manifest["calibration"] = {**draft["calibration"], **found}
     if draft["recipe"]["allow_nonfinite"]:
         manifest["nonfinite"] = min(sum(r.nonfinite for r in measured.reports.values()), _WIDEST_COUNT)
     source = dict(draft["source"])

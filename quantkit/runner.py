@@ -214,17 +214,23 @@ class _Run:
                     if len(in_flight) > count // 2 or not ahead:
                         free.append(self._reap(in_flight, progress))
                 free.clear()
-                excluded = self._layers(out, layers, progress) if calibrated else len(layers.excluded)
+                done = self._layers(out, layers, progress) if calibrated else layers
             outputs = self.committer.finish()
             sources = self.hashes.finish()
         finally:
             readers.shutdown(cancel_futures=True)
             workers.shutdown(cancel_futures=True)
             self.committer.stop()
-        return Measured({u.name: self.reports[u.name] for u in self.plan.encoded}, outputs, sources, excluded)
+        return Measured(
+            {u.name: self.reports[u.name] for u in self.plan.encoded},
+            outputs,
+            sources,
+            len(done.excluded),
+            done.compute,
+        )
 
-    def _layers(self, out: Path, layers: LayersDone, progress: Progress) -> int:
-        """What is solved layer by layer. Returns how many calibration rows were left out."""
+    def _layers(self, out: Path, layers: LayersDone, progress: Progress) -> LayersDone:
+        """What is solved layer by layer."""
         run = LayerRun(
             self.plan, self.checkpoint, self.files, self.writer, self.committer, progress, self._check_finite
         )
@@ -232,7 +238,7 @@ class _Run:
             run.run(out, layers)
         finally:
             self.reports |= run.reports
-        return run.excluded
+        return run.done
 
     def _slabs(self) -> Iterator[tuple[_Open, int, int]]:
         """(unit, first element, number of elements) of every slab to do, in file order."""

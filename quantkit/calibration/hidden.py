@@ -9,6 +9,7 @@ import torch
 
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
+from quantkit.errors import RunError
 
 
 class HiddenStates:
@@ -28,13 +29,13 @@ class HiddenStates:
     def nbytes(self) -> int:
         return self.shape[0] * self.row_bytes
 
-    @property
-    def complete(self) -> bool:
-        """Whether every row was written, as far as the size tells."""
-        return os.fstat(self._fd).st_size == self.nbytes
-
     def write(self, row: int, hidden: torch.Tensor) -> None:
         """hidden: [1, length, width], or [..., width] of at most `length` tokens."""
+        if hidden.numel() > self.shape[1] * self.shape[2]:
+            raise RunError(
+                f"a linear gets {list(hidden.shape)} numbers for a row of {self.shape[1]} tokens",
+                hint="such a layer cannot be calibrated; leave it alone with --skip, or use --method rtn",
+            )
         self._shapes[row] = hidden.shape
         view = _bytes(hidden.detach().to("cpu", self.dtype).contiguous())
         offset = row * self.row_bytes
@@ -58,6 +59,8 @@ class HiddenStates:
         return hidden.to(device)
 
     def sync(self) -> None:
+        """On disk, and as long as if every row had been written."""
+        os.ftruncate(self._fd, self.nbytes)
         sync_data(self._fd)
 
     def remove(self) -> None:

@@ -5,19 +5,25 @@ the pass ends, and its input is looked at; when the linear is solved, the layer 
 the next one. So the inputs of every linear are those that the quantized model will give it (true-sequential order),
 whatever a layer looks like, and nothing of a pass stays in memory.
 
-What would be run again is mostly cut short: where a module gives what its last linear gives (attention, the
-feed-forward part, an expert), and that linear's inputs were kept on disk, the module is not run, but its last linear.
+Two things save running most of it again. Where a module gives what its last linear gives (attention, the feed-forward
+part), and that linear's inputs were kept on disk, the module is not run, but its last linear. And experts do not get
+what other experts give: one pass tells what all of them get.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantkit.calibration.hidden import HiddenStates
+from quantkit.errors import RunError
+
+Group = tuple[str, ...]  # linears that share their inputs
 
 
 class _Stop(BaseException):
@@ -32,21 +38,29 @@ def apply_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
+def _irregular(what: str) -> RunError:
+    return RunError(what, hint="such a layer cannot be calibrated; leave it alone with --skip, or use --method rtn")
+
+
 def _unanswered(*_: object) -> torch.Tensor:
     raise AssertionError("no pass is under way")
+
+
+def _nothing(_: str) -> None:
+    return None
 
 
 class Linears:
     """The linears of one layer, taken over: a call of the module asks `answer` for what it gives (without the bias).
 
     layer: the module they are in. modules: name → module, in memory. `answer(name, x)` may be exchanged at any time;
-    `skip(name)` is asked for what a module gives that ends with this linear, None if it is to be run.
+    before a module that ends with a linear is run, `skip(name)` is asked for what it gives: None lets it run.
     """
 
     def __init__(self, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         self.layer, self.modules = layer, modules
         self.answer: Callable[[str, torch.Tensor], torch.Tensor] = _unanswered
-        self.skip: Callable[[str], torch.Tensor | None] = lambda _: None
+        self.skip: Callable[[str], torch.Tensor | None] = _nothing
         self.ends: dict[str, nn.Module] = {}
         for name, module in modules.items():
             module.forward = self._forward(name, module)
@@ -60,20 +74,22 @@ class Linears:
 
     def release(self) -> None:
         """Gives the modules their own forward back, and lets go of what answered."""
-        self.answer = _unanswered
+        self.answer, self.skip = _unanswered, _nothing
         for module in (*self.modules.values(), *self.ends.values()):
             del module.forward
         self.ends = {}
 
-    def groups(self, run: Callable[[], object], weights: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
+    def groups(self, run: Callable[[], object], weights: Mapping[str, torch.Tensor]) -> list[Group]:
         """The linears by shared input, in the order in which `run()` first calls one of each group. Finds what ends
-        with a linear, too."""
-        seen: list[tuple[torch.Tensor, list[str]]] = []
+        with a linear, too. RunError for a linear that is called twice."""
+        seen: list[tuple[weakref.ref[torch.Tensor], list[str]]] = []
 
         def note(name: str, x: torch.Tensor) -> torch.Tensor:
-            group = next((names for tensor, names in seen if tensor is x), None)
+            if any(name in names for _, names in seen):
+                raise _irregular(f"{name} is called more than once for a text")
+            group = next((names for tensor, names in seen if tensor() is x), None)
             if group is None:
-                seen.append((x, [name]))
+                seen.append((weakref.ref(x), [name]))
             else:
                 group.append(name)
             return apply_linear(x, weights[name])
@@ -83,20 +99,24 @@ class Linears:
         return [tuple(names) for _, names in seen]
 
     def _find_ends(self, run: Callable[[], object]) -> None:
-        """Runs the layer; notes the outermost module that gives the very tensor that a linear gives."""
+        """Runs the layer; notes the outermost module that gives the very tensor that its last linear gives, with
+        nothing added to it in place."""
         names = {module: name for name, module in self.modules.items()}
-        given: dict[str, torch.Tensor] = {}
-        ends: dict[str, tuple[nn.Module, Any]] = {}
+        inside = {m: {names[x] for x in m.modules() if x in names} for m in self.layer.modules()}
+        given: dict[str, tuple[weakref.ref[torch.Tensor], float]] = {}  # in the order of calls
+        ends: dict[str, tuple[nn.Module, list[bool] | None]] = {}
 
         def look(module: nn.Module, _args: object, output: Any) -> None:
             if module in names:
-                given[names[module]] = output
+                given[names[module]] = weakref.ref(output), _fingerprint(output)
                 return
-            tensors = [t for t in output if t is not None] if isinstance(output, tuple) else [output]
-            name = next((n for n, y in given.items() if len(tensors) == 1 and y is tensors[0]), None)
-            if name is not None and self.modules[name] in module.modules():  # no dropout behind it
-                places = [t is not None for t in output] if isinstance(output, tuple) else None
-                ends[name] = (module, places)
+            last = next((name for name in reversed(given) if name in inside[module]), None)
+            several = type(output) is tuple
+            tensors = [t for t in output if t is not None] if several else [output]
+            if last is None or len(tensors) != 1 or not isinstance(tensors[0], torch.Tensor):
+                return
+            if given[last][0]() is tensors[0] and given[last][1] == _fingerprint(tensors[0]):
+                ends[last] = (module, [t is not None for t in output] if several else None)
 
         hooks = [m.register_forward_hook(look) for m in self.layer.modules() if m is not self.layer]
         try:
@@ -118,63 +138,94 @@ class Linears:
         return forward
 
 
-class Passes:
-    """All rows' way through a layer. `begin(row)` runs it and returns what leaves it. `experts`: linears of experts, of
-    which none gets what another one gives."""
+def _fingerprint(tensor: torch.Tensor) -> float:
+    """Another one after a change in place, of some thousand numbers that are spread over it."""
+    some = tensor.flatten()[:: max(1, tensor.numel() // 4096)].double()
+    return float(some @ torch.arange(1, some.numel() + 1, dtype=torch.float64, device=some.device))
 
-    def __init__(self, linears: Linears, begin: Callable[[int], torch.Tensor], experts: frozenset[str]) -> None:
-        self.linears, self.begin, self.experts = linears, begin, experts
-        self.weights: dict[str, torch.Tensor] = {}  # of the linears that were solved
-        self.inputs: dict[str, HiddenStates] = {}  # what they get, for those that a module ends with
-        self._row, self._wanted = 0, ""
+
+def in_stages(groups: Sequence[Group], experts: frozenset[str]) -> list[list[Group]]:
+    """Groups whose inputs one pass can tell, in the order of their first: those of the experts of one module that come
+    first in their expert, those that come second, …; every other group is a stage of its own."""
+    stages: dict[tuple[str, int], list[Group]] = {}
+    rank: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        expert = group[0].rpartition(".")[0]
+        rank[expert] = rank.get(expert, -1) + 1
+        key = (expert.rpartition(".")[0], rank[expert]) if group[0] in experts else ("", -1 - number)
+        stages.setdefault(key, []).append(group)
+    return list(stages.values())
+
+
+class Passes:
+    """All rows' way through a layer. `begin(row)` runs it and returns what leaves it; `weights`: of the linears that
+    were solved; `inputs`: what they get, for those that a module ends with."""
+
+    def __init__(self, linears: Linears, begin: Callable[[int], torch.Tensor]) -> None:
+        self.linears, self.begin = linears, begin
+        self.weights: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, HiddenStates] = {}
+        self._row = 0
 
     def stop(self, row: int, linear: str) -> torch.Tensor:
         """What `linear`, the next one without a new weight, is called with."""
         try:
-            self._run(row, linear)
-            raise AssertionError(f"the layer ended before {linear}")
+            self._run(row, self._answer)
         except _Stop as stop:
-            found, x = stop.linear, stop.x
-        assert found == linear, f"{found} is called, {linear} was to come"
-        return x
+            if stop.linear == linear:
+                return stop.x
+        raise _irregular(f"{linear} is not called, or later than for another text")
+
+    def collect(
+        self, row: int, wanted: Mapping[str, Callable[[torch.Tensor], None]], outputs: Mapping[str, int]
+    ) -> None:
+        """Hands what experts' linears are called with to `wanted`, by name. `outputs`: how many numbers each of the
+        experts' linears that are not solved gives a token: zeros here, as no other expert gets them."""
+        missing = dict(wanted)
+
+        def answer(name: str, x: torch.Tensor) -> torch.Tensor:
+            if name in self.weights or name not in outputs:
+                return self._answer(name, x)
+            if name in missing:
+                missing.pop(name)(x)
+            return x.new_zeros((*x.shape[:-1], outputs[name]))
+
+        with suppress(_Stop):  # at something behind the experts
+            self._run(row, answer)
+        if missing:
+            raise _irregular(f"{next(iter(missing))} is not called, or later than for another text")
 
     def finish(self, row: int) -> torch.Tensor:
         """What leaves the layer."""
-        return self._run(row, "")
+        try:
+            return self._run(row, self._answer)
+        except _Stop as stop:
+            raise _irregular(f"{stop.linear} is called for some texts only") from None
 
-    def keep(self, group: Sequence[str], inputs: HiddenStates) -> bool:
-        """Tells what the linears of a group get; whether it is of use: where a module ends with one of them, of which
-        no other linear will be asked again."""
-        ends = self.linears.ends.keys() & set(group)
-        for end in ends:
+    def keeps(self, group: Group) -> bool:
+        """Whether a module ends with a linear of this group, so that its inputs are of use later."""
+        return not self.linears.ends.keys().isdisjoint(group)
+
+    def keep(self, group: Group, inputs: HiddenStates) -> None:
+        """Takes what the linears of a group get. Of other linears in the module that ends with one of them nobody will
+        ask any more."""
+        for end in self.linears.ends.keys() & set(group):
             self.inputs[end] = inputs
             inside = set(self.linears.ends[end].modules())
             self.weights = {n: w for n, w in self.weights.items() if self.linears.modules[n] not in inside}
-        return bool(ends)
 
-    def go_past(self, new: Mapping[str, torch.Tensor]) -> None:
-        """From now on these linears are computed with these weights."""
-        self.weights |= new
-
-    def close(self) -> None:
-        for inputs in self.inputs.values():
-            inputs.remove()
-
-    def _run(self, row: int, wanted: str) -> torch.Tensor:
-        self._row, self._wanted = row, wanted
-        self.linears.answer, self.linears.skip = self._answer, self._skip
+    def _run(self, row: int, answer: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        self._row = row
+        self.linears.answer, self.linears.skip = answer, self._skip
         try:
             return self.begin(row)
         finally:
-            self.linears.answer, self.linears.skip = _unanswered, lambda _: None
+            self.linears.answer, self.linears.skip = _unanswered, _nothing
 
     def _answer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if name not in self.weights:
             raise _Stop(name, x)
-        weight = self.weights[name]
-        if name in self.experts and self._wanted in self.experts and _parent(name) != _parent(self._wanted):
-            return x.new_zeros((*x.shape[:-1], len(weight)))  # of no use for what another expert gets
-        return apply_linear(x, weight)
+        return apply_linear(x, self.weights[name])
 
     def _skip(self, name: str) -> torch.Tensor | None:
         weight = self.weights.get(name)
@@ -183,7 +234,3 @@ class Passes:
         y = apply_linear(self.inputs[name].read(self._row, weight.device), weight).float()
         bias: torch.Tensor | None = self.linears.modules[name].bias  # type: ignore[assignment]
         return y if bias is None else y + bias
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]

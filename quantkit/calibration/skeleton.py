@@ -7,7 +7,8 @@ transformers builds from config.json, on the `meta` device until a layer's turn 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,32 +127,62 @@ class Skeleton:
             if place.leaf in module._parameters and (old := module._parameters[place.leaf]) is not None:
                 module._parameters[place.leaf] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
 
-    @torch.inference_mode()
-    def embed(self, weights: Weights, ids: torch.Tensor) -> tuple[Generator[torch.Tensor, None, None], list[Call]]:
-        """For token ids [rows, length]: the hidden states that enter the first layer, row by row as float32
+    @contextmanager
+    def embedded(self, weights: Weights, ids: torch.Tensor) -> Iterator[tuple[Iterator[torch.Tensor], list[Call]]]:
+        """For token ids [rows, length], inside: the hidden states that enter the first layer, row by row as float32
         [1, length, hidden], and how each layer is to be called. Only those rows of the embedding are read that occur.
+        SourceError, where its turn comes, for a row that layers are to be called otherwise for.
         """
         embedding = self.model.get_input_embeddings()
         matrix = next(p for p in self.outside if self.model.get_submodule(p.module) is embedding)
         used, local = torch.unique(ids.long(), return_inverse=True)
         head = self.model.get_output_embeddings()
         rest = [p for p in self.outside if p is not matrix and self.model.get_submodule(p.module) is not head]
-        self.fill(rest, weights)
-        rows = weights.read_rows(matrix.name, used).to(self.device, torch.float32)
-        embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-        embedding.padding_idx = None
-        local = local.to(self.device)
-        calls = self._catch(local[:1])[1]
+        try:
+            self.fill(rest, weights)
+            rows = weights.read_rows(matrix.name, used).to(self.device, torch.float32)
+            embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+            embedding.padding_idx = None
+            local = local.to(self.device)
+            with self._watched_ids(embedding, len(used)):
+                calls = self._catch(local[:1])[1]
+            yield self._enter(local, calls), calls
+        finally:
+            empty = torch.empty(len(used), embedding.weight.shape[1], device="meta")
+            embedding._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+            self.clear(rest)
 
-        def rows_in() -> Generator[torch.Tensor, None, None]:
-            try:
-                for row in local:
-                    yield self._catch(row[None])[0]
-            finally:
-                embedding._parameters["weight"] = nn.Parameter(rows.to("meta"), requires_grad=False)
-                self.clear(rest)
+    @torch.inference_mode()
+    def _enter(self, local: torch.Tensor, calls: Sequence[Call]) -> Iterator[torch.Tensor]:
+        for row in local:
+            hidden, own = self._catch(row[None])
+            if not _alike(own, calls):
+                raise self._told_more()
+            yield hidden
 
-        return rows_in(), calls
+    @contextmanager
+    def _watched_ids(self, embedding: nn.Module, used: int) -> Iterator[None]:
+        """SourceError where tokens are looked up in a second matrix, too: they are numbered anew for the first."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        others = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+        others = [m for m in others if m.num_embeddings >= vocabulary]
+
+        def refuse(*_: object) -> None:
+            raise self._told_more()
+
+        hooks = [m.register_forward_pre_hook(refuse) for m in others]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _told_more(self) -> SourceError:
+        return SourceError(
+            f"the layers of a {type(self.model).__name__} are told more of a text than hidden states",
+            where=str(self.folder),
+            hint="such a model cannot be followed layer by layer; use --method rtn or bnb",
+        )
 
     def _is_head(self, place: Place) -> bool:
         head = self.model.get_output_embeddings()
@@ -160,13 +191,18 @@ class Skeleton:
     @torch.inference_mode()
     def _catch(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         """Runs the model with catchers in place of its layers."""
-        for _ in range(2):
+        for last in (self.tuples, True):
             caught: list[tuple[torch.Tensor, Call]] = []
             real = list(self.layers)
             for i, layer in enumerate(real):
                 self.layers[i] = _Catcher(layer, caught, self.tuples)
             try:
                 self.base(input_ids=ids, use_cache=False)
+            except (RuntimeError, TypeError, ValueError, IndexError):  # of a model that takes a tensor for a tuple
+                if last:
+                    raise
+                self.tuples = True
+                continue
             finally:
                 for i, layer in enumerate(real):
                     self.layers[i] = layer
@@ -212,6 +248,24 @@ class Skeleton:
                     self.layers[i] = layer
 
         return logits
+
+
+def _alike(one: Sequence[Call], other: Sequence[Call]) -> bool:
+    """Whether all tensors are equal that layers are called with."""
+    equal: set[tuple[int, int]] = set()  # most are the same objects for all layers
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, (tuple, list)):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, torch.Tensor) and (id(a), id(b)) not in equal:
+            if not torch.equal(a, b):
+                return False
+            equal.add((id(a), id(b)))
+        return True
+
+    return all(
+        same((*a.args, *a.kwargs.values()), (*b.args, *b.kwargs.values())) for a, b in zip(one, other, strict=True)
+    )
 
 
 class _Catcher(nn.Module):

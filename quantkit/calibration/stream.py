@@ -11,14 +11,15 @@ full-precision one, whose outputs they should give. Between layers both are hidd
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.rows import Linears, Passes, apply_linear
+from quantkit.calibration.rows import Group, Linears, Passes, apply_linear, in_stages
 from quantkit.calibration.skeleton import Call, Place, Skeleton, Weights
 from quantkit.calibration.statistics import Row, Statistics
 from quantkit.errors import RunError
@@ -27,7 +28,7 @@ HELD_OUT = 8
 EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a fault of the model or of the text
 
 
-Solve = Callable[[tuple[str, ...], Statistics], Mapping[str, torch.Tensor]]
+Solve = Callable[[Group, Statistics], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,11 @@ class Stream:
 
     def begin(self, layer: int = 0) -> None:
         """Prepares for layer `layer`; for the first one, by embedding the text."""
-        hidden, self.calls = self.skeleton.embed(self.weights, self.ids)
-        with closing(hidden):
-            if layer:
-                return
-            for i, row in enumerate(hidden):
-                for states in self.states.values():
-                    states[0].write(i, row)
+        with self.skeleton.embedded(self.weights, self.ids) as (hidden, self.calls):
+            if layer == 0:
+                for i, row in enumerate(hidden):
+                    for states in self.states.values():
+                        states[0].write(i, row)
 
     @property
     def rows(self) -> list[int]:
@@ -99,50 +98,70 @@ class Stream:
     def layer(self, index: int, solve: Solve) -> None:
         """Takes all rows through one layer. `solve` gets each group's statistics, and returns the weights to go on
         with."""
-        with self._loaded(index) as layer:
+        experts = frozenset(name for name, linear in self.linears[index].items() if linear.expert)
+        with self._loaded(index) as layer, ExitStack() as files:
             groups = layer.linears.groups(lambda: self._run(index, "quantized", self.rows[0]), layer.ready)
-            targets = self._follow_full(index, layer, groups) if self.full else {}
-            experts = frozenset(name for name, linear in self.linears[index].items() if linear.expert)
-            passes = Passes(layer.linears, lambda row: self._run(index, "quantized", row), experts)
-            with closing(passes):
-                for number, group in enumerate(groups):
-                    width = layer.weights[group[0]].shape[1]
-                    inputs = self._file(f"input-{number}", width)
+            targets = self._follow_full(index, layer, groups, files) if self.full else {}
+            passes = Passes(layer.linears, lambda row: self._run(index, "quantized", row))
+            for number, stage in enumerate(in_stages(groups, experts)):
+                inputs = self._file(f"input-{number}", layer.weights[stage[0][0]].shape[1], files, len(stage))
+                if len(stage) > 1:
+                    self._collect(stage, passes, layer, inputs, experts)
+                new: dict[str, torch.Tensor] = {}
+                for place, group in enumerate(stage):
                     target = targets.pop(group, None)
-                    found = self._look(index, group, passes, layer, inputs, target)
-                    kept = passes.keep(group, inputs)
-                    new = solve(group, found)
+                    found = self._look(index, group, passes, layer, inputs, target, place if len(stage) > 1 else None)
+                    if passes.keeps(group):
+                        passes.keep(group, inputs)
+                    new |= {n: w.to(self.skeleton.device, self.compute) for n, w in solve(group, found).items()}
                     del found
                     layer.drop(group)
                     if target is not None:
                         target.remove()
-                    passes.go_past({n: w.to(self.skeleton.device, self.compute) for n, w in new.items()})
-                    del new
-                    if not kept:
-                        inputs.remove()
-                for name in list(layer.weights):  # nothing calls it: nothing is known of its inputs
-                    columns = layer.weights[name].shape[1]
-                    nothing = torch.zeros(columns, columns, device=self.skeleton.device)
-                    solve((name,), Statistics({name: layer.weights[name]}, {}, nothing))
-                    layer.drop((name,))
-                out = self.states["quantized"][(index + 1) % 2]
-                for row in self.rows:
-                    out.write(row, passes.finish(row))
-                out.sync()
+                passes.weights |= new
+                if not any(map(passes.keeps, stage)):
+                    inputs.remove()
+            for name in list(layer.weights):  # nothing calls it: nothing is known of its inputs
+                columns = layer.weights[name].shape[1]
+                nothing = torch.zeros((), device=self.skeleton.device).expand(columns, columns)
+                solve((name,), Statistics({name: layer.weights[name]}, {}, nothing))
+                layer.drop((name,))
+            out = self.states["quantized"][(index + 1) % 2]
+            for row in self.rows:
+                out.write(row, passes.finish(row))
+            out.sync()
 
-    def _file(self, name: str, width: int) -> HiddenStates:
-        return HiddenStates(self.folder / name, len(self.ids), self.ids.shape[1], width, self.compute)
+    def _file(self, name: str, width: int, files: ExitStack, times: int = 1) -> HiddenStates:
+        """Room for what linears get of all rows, `times` times; gone with `files`."""
+        rows, length = self.ids.shape
+        states = HiddenStates(self.folder / name, times * rows, length, width, self.compute)
+        files.callback(states.remove)
+        return states
+
+    def _collect(
+        self,
+        stage: Sequence[Group],
+        passes: Passes,
+        layer: _Layer,
+        inputs: HiddenStates,
+        experts: frozenset[str],
+    ) -> None:
+        """Writes what experts get, one group of linears after the other."""
+        outputs = {name: len(weight) for name, weight in layer.weights.items() if name in experts}
+        for row in self.rows:
+            wanted = {group[0]: partial(inputs.write, place * len(self.ids) + row) for place, group in enumerate(stage)}
+            passes.collect(row, wanted, outputs)
 
     def _run(self, index: int, stream: str, row: int) -> torch.Tensor:
         before = self.states[stream][index % 2].read(row, self.skeleton.device)
         return self.skeleton.run(index, before, self.calls[index])
 
     def _follow_full(
-        self, index: int, layer: _Layer, groups: Sequence[tuple[str, ...]]
-    ) -> dict[tuple[str, ...], HiddenStates]:
+        self, index: int, layer: _Layer, groups: Sequence[Group], files: ExitStack
+    ) -> dict[Group, HiddenStates]:
         """Takes the full-precision stream through the layer. Returns what each group of linears gets there, on disk."""
         inputs = {
-            group: self._file(f"target-{number}", layer.weights[group[0]].shape[1])
+            group: self._file(f"target-{number}", layer.weights[group[0]].shape[1], files)
             for number, group in enumerate(groups)
             if not self.linears[index][group[0]].expert
         }
@@ -163,14 +182,16 @@ class Stream:
     def _look(
         self,
         index: int,
-        group: tuple[str, ...],
+        group: Group,
         passes: Passes,
         layer: _Layer,
         inputs: HiddenStates,
         target: HiddenStates | None,
+        place: int | None,
     ) -> Statistics:
-        """Statistics of one group over all rows, whose inputs are kept in a file. Rows with a value that is not finite
-        are left out from here on."""
+        """Statistics of one group over all rows, of inputs that are in a file, as the `place`-th of those there, or, if
+        that is None, are to be seen in passes, and written where they are needed again. Rows with a value that is not
+        finite are left out from here on."""
         columns, device = inputs.shape[2], self.skeleton.device
         weights = {name: layer.weights[name] for name in group}
         ready = {name: layer.ready[name] for name in group}
@@ -178,6 +199,7 @@ class Stream:
         if target is not None:
             found.aim()
         held_out = self.held_out if target is not None else frozenset()
+        first = (place or 0) * len(self.ids)
 
         def wanted(row: int) -> torch.Tensor | None:
             return None if target is None else target.read(row, device).reshape(-1, columns)
@@ -185,12 +207,18 @@ class Stream:
         def apart() -> Iterator[Row]:
             for row in self.rows:
                 if row in held_out:
-                    yield inputs.read(row, device).reshape(-1, columns), wanted(row)
+                    yield inputs.read(first + row, device).reshape(-1, columns), wanted(row)
+
+        def seen(row: int) -> torch.Tensor:
+            if place is not None:
+                return inputs.read(first + row, device)
+            x = passes.stop(row, group[0]).to(self.compute)
+            if row in held_out or passes.keeps(group):
+                inputs.write(row, x)
+            return x
 
         for row in self.rows:
-            x = passes.stop(row, group[0]).to(self.compute)
-            inputs.write(row, x)
-            x, aim = x.reshape(-1, columns), wanted(row)
+            x, aim = seen(row).reshape(-1, columns), wanted(row)
             if not (_finite(x) and (aim is None or _finite(aim))):
                 self.excluded.add(row)
             elif row not in held_out:
@@ -202,8 +230,10 @@ class Stream:
 
     @property
     def held_out(self) -> frozenset[int]:
-        """Every eighth row: what a step toward the full-precision model is judged by."""
-        return frozenset(range(HELD_OUT - 1, len(self.ids), HELD_OUT))
+        """Every eighth row, and one of fewer: what a step toward the full-precision model is judged by. With a single
+        row there is no such step."""
+        rows = len(self.ids)
+        return frozenset(range(min(HELD_OUT, rows) - 1, rows, HELD_OUT)) if rows > 1 else frozenset()
 
     def _check_excluded(self, layer: int) -> None:
         if len(self.excluded) > EXCLUDED * len(self.ids):
