@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.rows import Linears, Passes
 from quantkit.calibration.skeleton import Skeleton
 from quantkit.calibration.statistics import Statistics
-from quantkit.calibration.stream import Linear, Stream
+from quantkit.calibration.stream import HELD_OUT, Linear, Stream
 from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
+from quantkit.errors import RunError
 from quantkit.layouts import open_checkpoint
+from quantkit.modules import Names
 
 ROWS, LENGTH = 10, 24
 
@@ -36,7 +41,7 @@ class Run:
         checkpoint = open_checkpoint(source)
         generator = torch.Generator().manual_seed(1)
         self.ids = torch.randint(3, 250, (ROWS, LENGTH), generator=generator, dtype=torch.int32)
-        self.change, self.seen, self.weights = change, {}, {}
+        self.change, self.seen, self.weights, self.original = change, {}, {}, {}
         self.tokens: dict[str, int] = {}
         with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
             skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
@@ -48,12 +53,11 @@ class Run:
                     linears[unit.linear.layer][unit.linear.module] = found
             self.experts = {name for layer in linears for name, x in layer.items() if x.expert}
             weights = CheckpointWeights(checkpoint, files)
-            stream = Stream(skeleton, weights, self.ids, linears, scratch, full=full, compute=compute)
-            stream.begin()
-            for index in range(len(linears)):
-                stream.layer(index, self.solve)
-            self.hidden = torch.cat([stream.states["quantized"][len(linears) % 2].read(r) for r in range(ROWS)])
-            stream.close()
+            with closing(Stream(skeleton, weights, self.ids, linears, scratch, full=full, compute=compute)) as stream:
+                stream.begin()
+                for index in range(len(linears)):
+                    stream.layer(index, self.solve)
+                self.hidden = torch.cat([stream.states["quantized"][len(linears) % 2].read(r) for r in range(ROWS)])
 
     def solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
         partial = found.hessian.clone()
@@ -62,6 +66,7 @@ class Run:
         for name in group:
             self.seen[name] = (found.hessian.clone(), cross.get(name), partial)
             self.tokens[name] = found.tokens
+            self.original[name] = found.weights[name]
             self.weights[name] = found.weights[name] * (1 + self.change)
         return {name: self.weights[name] for name in group}
 
@@ -71,49 +76,175 @@ def recipe() -> dict[str, Any]:
     return {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}, "calibration": calibration}
 
 
-def hooked(source: Path, ids: torch.Tensor, changed: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Σ x·xᵀ by linear over all rows, of the whole model with some weights exchanged; and the hidden
-    states that leave the last layer."""
+Inputs = dict[str, torch.Tensor]
+
+
+def whole_model(source: Path) -> nn.Module:
+    """transformers' own; of a mixture of experts, with single linears for experts, all weights in place."""
+    checkpoint = open_checkpoint(source)
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    hessians: dict[str, Any] = {}
+        if "experts" not in " ".join(checkpoint.tensors):
+            return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        with SourceFiles(checkpoint.folder, checkpoint.files) as files:
+            skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
+            places = [*skeleton.outside, *(p for layer in skeleton.inside for p in layer)]
+            skeleton.fill(places, CheckpointWeights(checkpoint, files))
+            return skeleton.model
+
+
+def hooked(source: Path, ids: torch.Tensor, changed: Mapping[str, torch.Tensor]) -> tuple[list[Inputs], torch.Tensor]:
+    """For each row what every linear gets [tokens, in], of the whole model with some weights exchanged; and the hidden
+    states that leave the last layer."""
+    model = whole_model(source)
+    names = Names(model)
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    with torch.no_grad():
-        for name, weight in changed.items():
-            module = model.get_submodule(name)
-            module.weight.copy_(weight.T if module.weight.shape != weight.shape or transposed(module) else weight)
+    rows: list[Inputs] = []
     last: list[torch.Tensor] = []
 
     def leaves(_module: nn.Module, _args: Any, output: Any) -> None:
-        last[:] = [output[0] if isinstance(output, tuple) else output]
+        last.append(output[0] if isinstance(output, tuple) else output)
 
     layers[-1].register_forward_hook(leaves)
-    for name in changed:
+    for name, weight in changed.items():
+        module = model.get_submodule(names.linear(name) if names.mergers or names.renamings else name)
+        with torch.no_grad():
+            module.weight.copy_(weight.T if module.weight.shape != weight.shape or transposed(module) else weight)
 
         def sees(_module: nn.Module, args: Any, name: str = name) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            hessians[name] = x.T @ x
+            rows[-1][name] = args[0].reshape(-1, args[0].shape[-1])
 
-        model.get_submodule(name).register_forward_pre_hook(sees)
+        module.register_forward_pre_hook(sees)
     with torch.no_grad():
-        model(ids.long())
-    return hessians, last[0]
+        for row in ids.long():
+            rows.append({})
+            model.base_model(row[None], use_cache=False)
+    return rows, torch.cat(last)
+
+
+def products(rows: Sequence[Inputs], others: Sequence[Inputs], name: str) -> Any:
+    """Σ a·bᵀ over the rows."""
+    return sum(a[name].T @ b[name] for a, b in zip(rows, others, strict=True) if name in a)
 
 
 def transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if "moe" not in k and k != "mixtral"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_is_shown_what_it_gets_in_the_quantized_model(tmp_path: Path, kind: str) -> None:
     """Weights are changed on the way: a linear must see what the changed ones before it make, not the old ones."""
     source = build(tmp_path / "source", kind)
     run = Run(source, tmp_path, 0.1, full=False)
-    hessians, hidden = hooked(source, run.ids, run.weights)
-    assert run.seen.keys() == hessians.keys()
+    rows, hidden = hooked(source, run.ids, run.weights)
+    assert run.seen.keys() == {name for row in rows for name in row}
     for name, (hessian, *_) in run.seen.items():
-        torch.testing.assert_close(hessian, hessians[name], rtol=1e-4, atol=1e-4 * float(hessians[name].abs().max()))
+        expected = products(rows, rows, name)
+        torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     torch.testing.assert_close(run.hidden, hidden, rtol=1e-4, atol=1e-4 * float(hidden.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", "qwen2_moe"])
+def test_the_outputs_wanted_are_the_full_models(tmp_path: Path, kind: str) -> None:
+    """Σ y·xᵀ, y from the model as it was, x from the changed one, over the rows not held out."""
+    source = build(tmp_path / "source", kind)
+    run = Run(source, tmp_path, 0.1, full=True)
+    quantized, full = hooked(source, run.ids, run.weights)[0], hooked(source, run.ids, run.original)[0]
+    known = [row for row in range(ROWS) if row != HELD_OUT - 1]
+    for name, (_, cross, partial) in run.seen.items():
+        if name in run.experts:
+            assert cross is None
+            continue
+        x, wanted = ([rows[row] for row in known] for rows in (quantized, full))
+        expected = run.original[name] @ products(wanted, x, name)
+        torch.testing.assert_close(cross, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        hessian = products(x, x, name)
+        torch.testing.assert_close(partial, hessian, rtol=1e-4, atol=1e-4 * float(hessian.abs().max()))
+
+
+def test_experts_are_run_a_few_times_a_row_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = build(tmp_path / "source", "qwen3_moe", num_experts=8)
+    calls: list[str] = []
+    answer = Passes._answer
+
+    def counted(self: Passes, name: str, x: torch.Tensor) -> torch.Tensor:
+        calls.append(name)
+        return answer(self, name, x)
+
+    monkeypatch.setattr(Passes, "_answer", counted)
+    run = Run(source, tmp_path, 0.1, full=False)
+    gate = next(n for n in run.experts if ".experts.7." in n and n.endswith("gate_proj"))
+    assert calls.count(gate) == 2 * ROWS  # for what its down_proj gets, and for what leaves the layer
+
+
+class Odd(nn.Module):
+    """A feed-forward part with a linear at its end, and something about it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.up, self.down, self.way = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "linear called twice":
+            return self.down(self.up(self.up(x)))
+        y: torch.Tensor = self.down(self.up(x))
+        if self.way == "changed in place":
+            y += x
+        if self.way == "another behind it":
+            self.up(x + 1)
+        return y
+
+
+def ends_of(way: str) -> tuple[dict[str, nn.Module], Odd]:
+    odd = Odd(way)
+    layer, linears = nn.Sequential(odd), {"up": odd.up, "down": odd.down}
+    weights = {name: module.weight for name, module in linears.items()}
+    taken = Linears(layer, linears)
+    with torch.inference_mode():
+        taken.groups(lambda: layer(torch.randn(1, 3, 8)), weights)
+    ends = dict(taken.ends)
+    taken.release()
+    assert "forward" not in {*vars(odd), *vars(odd.up)}
+    return ends, odd
+
+
+def test_only_what_its_last_linear_gives_ends_a_module() -> None:
+    ends, odd = ends_of("plain")
+    assert ends == {"down": odd}
+    assert ends_of("changed in place")[0] == {}
+
+
+@pytest.mark.parametrize("way", ["linear called twice", "another behind it"])
+def test_a_linear_that_is_called_twice_is_an_error(way: str) -> None:
+    with pytest.raises(RunError, match="up is called more than once"):
+        ends_of(way)
+
+
+def test_no_file_is_left_open_or_behind_when_a_solve_fails(tmp_path: Path) -> None:
+    class Fails(Run):
+        def solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
+            if "down" in group[0]:
+                raise KeyboardInterrupt
+            return super().solve(group, found)
+
+    source, scratch = build(tmp_path / "source"), tmp_path / "scratch"
+    scratch.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        Fails(source, scratch, 0.0, full=True)
+    assert {path.name[:-2] for path in scratch.iterdir()} == {"quantized", "full"}
+    assert not [f for f in Path("/proc/self/fd").iterdir() if str(scratch) in os.path.realpath(f)]
+
+
+def test_the_embedding_goes_when_a_later_layer_is_begun_with(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build(tmp_path / "source"))
+    with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
+        skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
+        weights = CheckpointWeights(checkpoint, files)
+        with closing(Stream(skeleton, weights, torch.ones(1, 4), [{}, {}], tmp_path, full=False)) as stream:
+            stream.begin(1)
+            assert len(stream.calls) == 2
+    assert all(p.device.type == "meta" for p in skeleton.model.parameters())
 
 
 def test_attention_that_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +284,8 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, dtype: torch.dtype)
     assert not (tmp_path / "states").exists()
 
 
-def test_wanted_outputs_are_those_of_the_full_model(tmp_path: Path) -> None:
-    """With nothing changed both streams are one, and so Σ y·xᵀ = W·Σ x·xᵀ over the rows not held out."""
+def test_with_nothing_changed_both_streams_are_one(tmp_path: Path) -> None:
+    """And so Σ y·xᵀ = W·Σ x·xᵀ over the rows not held out."""
     source = build(tmp_path / "source")
     run = Run(source, tmp_path, 0.0, full=True)
     for name, (hessian, cross, partial) in run.seen.items():
