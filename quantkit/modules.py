@@ -54,10 +54,25 @@ class Names:
         return None
 
 
+def in_64s(x: torch.Tensor) -> torch.Tensor:
+    """x [..., tokens, columns] with rows of zeros behind it, up to a multiple of 64. oneDNN compiles, and keeps, a
+    product for each number of tokens, and experts get ever others: a gigabyte after some layers."""
+    from torch.nn.functional import pad
+
+    missing = -x.shape[-2] % 64
+    return pad(x, (0, 0, 0, missing)) if missing else x
+
+
 @functools.cache  # a function, because torch must not be imported with this module
 def experts_class() -> type[nn.Module]:
     import torch
     from torch import nn
+
+    class Expert(nn.Linear):
+        """A linear that gets another number of tokens at each call."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(in_64s(x))[..., : x.shape[-2], :]
 
     class SingleExperts(nn.Module):
         """The experts of one MoE layer as single linears, `<expert>.<linear>`, in place of merged 3-D parameters.
@@ -76,7 +91,7 @@ def experts_class() -> type[nn.Module]:
             del rule.gate_up_proj, rule.down_proj
             shapes = dict.fromkeys(into, (hidden, inner)) | {out_of: (inner, hidden)}
             for expert in range(self.count):
-                layers = {n: nn.Linear(*s, bias=False, device="meta", dtype=down.dtype) for n, s in shapes.items()}
+                layers = {n: Expert(*s, bias=False, device="meta", dtype=down.dtype) for n, s in shapes.items()}
                 self.add_module(str(expert), nn.ModuleDict(layers))
 
         def forward(

@@ -48,6 +48,10 @@ QUANTIZED_MARKS = (".qweight", ".qzeros", ".weight.absmax", ".SCB", ".weight_sca
                    ".weight_packed", ".weight.quant_map")  # fmt: skip
 # Where config.json says how long a text may be.
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_SINGLE_ROW = (
+    "with a single calibration row none is left to judge a step toward the full-precision model by: it is as with "
+    "--effort low",
+)
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -135,6 +139,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
         *(checkpoint.config_notes if target.layout == "hf" else ()),
         *target.notes,
         *(tokens.doubts if tokens is not None else ()),
+        *(_SINGLE_ROW if tokens is not None and len(tokens.ids) == 1 and "full" in _streams(recipe, tokens) else ()),
         *_misfits(checkpoint, tensors, chosen),
         *_warnings(units, recipe, chosen, target, len(shards)),
     ]

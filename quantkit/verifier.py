@@ -246,7 +246,8 @@ class _Check:
             for start, restored in self._decoded(checkpoint, files, row, quantize):
                 expected = to_float32(original.run(start, restored.size), source.dtype)
                 expected[~np.isfinite(expected)] = 0
-                difference = expected - restored
+                # In float64: squares of very small or large weights leave float32's range.
+                difference, expected = (expected - restored).astype(np.float64), expected.astype(np.float64)
                 error += float(np.vdot(difference, difference))
                 norm += float(np.vdot(expected, expected))
         except UNDECODABLE as e:

@@ -35,11 +35,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**SIZES, "head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0},
 }
 
+MORE: dict[str, dict[str, Any]] = {
+    "gptj": {"vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 16},
+}
+
 
 def build(folder: Path, kind: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
     """A random float32 model with a tokenizer of one token a letter, whose weights are large enough to tell."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**KINDS[kind], **changes})
+    config = AutoConfig.for_model(kind, **{**(KINDS | MORE).get(kind, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -22,6 +22,7 @@ from torch import nn
 
 from quantkit.calibration.hidden import HiddenStates
 from quantkit.errors import RunError
+from quantkit.modules import in_64s
 
 Group = tuple[str, ...]  # linears that share their inputs
 
@@ -35,7 +36,9 @@ class _Stop(BaseException):
 
 def apply_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x · weightᵀ, computed in the weight's dtype and returned in x's."""
-    return nn.functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+    tokens = x.shape[-2]
+    y = nn.functional.linear(in_64s(x.to(weight.dtype)), weight)
+    return y[..., :tokens, :].to(x.dtype)
 
 
 def _irregular(what: str) -> RunError:

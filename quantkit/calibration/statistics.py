@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import linear
 
+from quantkit.modules import in_64s
 from quantkit.solvers.threads import in_threads, parts
 
 # What a linear gets: [tokens, in], and the same of the full model; in the dtype that linears compute in.
@@ -54,8 +55,10 @@ class Statistics:
 
     def add(self, x: torch.Tensor, wanted: torch.Tensor | None) -> None:
         """Counts a row: x [tokens, in]; wanted, x̃ of the same tokens. The sums are whole after `finish_sums`."""
-        inputs = x.float()
+        self.tokens += len(x)
+        inputs = in_64s(x.float())
         self._add(inputs)
+        wanted = None if wanted is None else in_64s(wanted)
         if self._mixed is not None and wanted is not None:
             _add_product(self._mixed, wanted.float(), inputs)
         for name, cross in self.cross.items():
@@ -67,7 +70,6 @@ class Statistics:
             self.hessian[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
 
         in_threads(some, parts(x.shape[1], x.device), x.device)
-        self.tokens += len(x)
 
     def finish_sums(self) -> None:
         """Makes the Hessian whole, of which only what is on and below the diagonal was added up, and the crosses."""
@@ -96,7 +98,8 @@ class Statistics:
     def complete(self) -> None:
         """Adds the rows held out to the Hessian, once the cross is used up."""
         for x, _ in self.held_out():
-            self._add(x.float())
+            self.tokens += len(x)
+            self._add(in_64s(x.float()))
         self.finish_sums()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from eval_models import KINDS, build, quiet_transformers
+from eval_models import KINDS, SIZES, build, quiet_transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,8 @@ from quantkit.calibration.statistics import Statistics
 from quantkit.calibration.stream import HELD_OUT, Linear, Stream
 from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
-from quantkit.errors import RunError
+from quantkit.derived_architecture import plain_config
+from quantkit.errors import RunError, SourceError
 from quantkit.layouts import open_checkpoint
 from quantkit.modules import Names
 
@@ -159,6 +160,29 @@ def test_the_outputs_wanted_are_the_full_models(tmp_path: Path, kind: str) -> No
         torch.testing.assert_close(cross, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         hessian = products(x, x, name)
         torch.testing.assert_close(partial, hessian, rtol=1e-4, atol=1e-4 * float(hessian.abs().max()))
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bloom", "n_layer"), ("falcon", "num_hidden_layers"), ("gptj", "n_layer")])
+def test_layers_that_return_tuples_are_followed_however_many_there_are(tmp_path: Path, kind: str, size: str) -> None:
+    source = build(tmp_path / "source", kind, **{size: 4})
+    run = Run(source, tmp_path, 0.0, full=False)
+    hidden = hooked(source, run.ids, run.weights)[1]
+    torch.testing.assert_close(run.hidden, hidden, rtol=1e-4, atol=1e-4 * float(hidden.abs().max()))
+
+
+def test_a_model_whose_layers_are_told_more_is_refused(tmp_path: Path) -> None:
+    """Gemma 4 looks tokens up for each layer."""
+    more = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 0}
+    source = build(tmp_path / "source", "gemma4_text", **SIZES, head_dim=16, sliding_window=8, **more)
+    with pytest.raises(SourceError, match="are told more of a text than hidden states"):
+        Run(source, tmp_path, 0.0, full=False)
+
+
+def test_infinities_in_a_config_are_numbers() -> None:
+    inner = {"__float__": "Infinity"}
+    assert plain_config({"limit": [0.0, inner], "b": {"a": {"__float__": "-Infinity"}}}) == {
+        "limit": [0.0, float("inf")], "b": {"a": float("-inf")},
+    }  # fmt: skip
 
 
 def test_experts_are_run_a_few_times_a_row_however_many_there_are(
