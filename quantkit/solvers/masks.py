@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def wanda_variant(weight: Tensor, squares: Tensor, sparsity: float) -> Tensor:
         return torch.ones_like(weight, dtype=torch.bool)
     low, high, alpha = 0.0, 0.8, 0.4
     while True:
-        keep = _by_rows(weight, squares, lambda scores, part=alpha: _light_part(scores, part))
+        keep = _by_rows(weight, squares, partial(_light_part, alpha))
         there = 1 - float(keep.sum()) / keep.numel()
         if abs(there - sparsity) <= CLOSE or high - low < CLOSE:
             return keep
@@ -97,7 +98,7 @@ def _all_but(scores: Tensor, count: int) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], False)
 
 
-def _light_part(scores: Tensor, alpha: float) -> Tensor:
+def _light_part(alpha: float, scores: Tensor) -> Tensor:
     ordered, order = scores.sort(dim=1, stable=True)
     light = ordered.cumsum(1) <= scores.sum(1, keepdim=True) * alpha
     return torch.empty_like(light).scatter_(1, order, ~light)

@@ -7,6 +7,8 @@ inverse that SparseGPT's authors take, once the columns before k are fixed.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,12 +43,8 @@ def prune_columns(target: Tensor, factor: Factor, amount: float | Pattern | Tens
         triangle = factor.lower[start:stop, start:stop].contiguous()
         if isinstance(amount, float) and amount > 0:
             costs = torch.empty((rows, stop - start), device=device)
-
-            def cost(part: slice, start: int = start, stop: int = stop, triangle: Tensor = triangle) -> None:
-                moved = settled(shifted[part, start:stop], target[part][:, position[start:stop]], triangle)
-                costs[part] = moved.mul_(pivots[start:stop]).square_()
-
-            in_threads(cost, parts(rows, device, columns), device)
+            own = partial(_costs, shifted, target, position[start:stop], triangle, pivots[start:stop], start, costs)
+            in_threads(own, parts(rows, device, columns), device)
             limit = costs.flatten().kthvalue(int(costs.numel() * amount) + 1).values
             keep[:, position[start:stop]] = costs > limit
 
@@ -67,6 +65,21 @@ def prune_columns(target: Tensor, factor: Factor, amount: float | Pattern | Tens
     found = torch.empty_like(target)
     found[:, position] = target[:, position].sub_(errors)
     return found.mul_(keep), keep
+
+
+def _costs(
+    shifted: Tensor,
+    target: Tensor,
+    position: Tensor,
+    triangle: Tensor,
+    pivots: Tensor,
+    first: int,
+    out: Tensor,
+    rows: slice,
+) -> None:
+    """What it costs to prune each weight of a block, in some rows of `out`."""
+    moved = settled(shifted[rows, first : first + len(position)], target[rows][:, position], triangle)
+    out[rows] = moved.mul_(pivots).square_()
 
 
 def settled(shifted: Tensor, target: Tensor, triangle: Tensor) -> Tensor:
