@@ -96,6 +96,7 @@ def main() -> None:
     for name, command in jobs.items():
         seconds, rss = timed(command)
         out = Path(command[command.index("-o") + 1]) if "-o" in command else work / name
+        out = next((path.parent for path in out.rglob("config.json")), out)  # AutoRound makes a folder in it
         try:
             found = perplexity(out, text, a.windows, a.length)
         except Exception as e:  # a peer's folder that we cannot read is no reason to lose the timing
