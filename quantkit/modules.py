@@ -68,12 +68,6 @@ def experts_class() -> type[nn.Module]:
     import torch
     from torch import nn
 
-    class Expert(nn.Linear):
-        """A linear that gets another number of tokens at each call."""
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(in_64s(x))[..., : x.shape[-2], :]
-
     class SingleExperts(nn.Module):
         """The experts of one MoE layer as single linears, `<expert>.<linear>`, in place of merged 3-D parameters.
 
@@ -83,7 +77,7 @@ def experts_class() -> type[nn.Module]:
 
         every = False
 
-        def __init__(self, rule: nn.Module, into: list[str], out_of: str) -> None:
+        def __init__(self, rule: nn.Module, into: list[str], out_of: str, linear: type[nn.Linear]) -> None:
             super().__init__()
             self.rule, self.into, self.out_of = rule, into, out_of
             down = rule.get_parameter("down_proj")
@@ -91,7 +85,7 @@ def experts_class() -> type[nn.Module]:
             del rule.gate_up_proj, rule.down_proj
             shapes = dict.fromkeys(into, (hidden, inner)) | {out_of: (inner, hidden)}
             for expert in range(self.count):
-                layers = {n: Expert(*s, bias=False, device="meta", dtype=down.dtype) for n, s in shapes.items()}
+                layers = {n: linear(*s, bias=False, device="meta", dtype=down.dtype) for n, s in shapes.items()}
                 self.add_module(str(expert), nn.ModuleDict(layers))
 
         def forward(
@@ -112,8 +106,18 @@ def experts_class() -> type[nn.Module]:
     return SingleExperts
 
 
-def split_experts(model: PreTrainedModel, folder: Path, names: Names, on_disk: list[str]) -> None:
-    """Replaces each merged experts module that lies on disk expert by expert, and tells `names`."""
+def split_experts(
+    model: PreTrainedModel,
+    folder: Path,
+    names: Names,
+    on_disk: list[str],
+    single: type[nn.Linear] | None = None,
+) -> None:
+    """Replaces each merged experts module that lies on disk expert by expert, and tells `names`. single: the class of
+    the single linears, torch's own by default."""
+    from torch import nn
+
+    single = single or nn.Linear
     found: dict[str, dict[str, dict[int, str]]] = {}
     for name in on_disk:
         inner = names.tensor(name)
@@ -131,5 +135,5 @@ def split_experts(model: PreTrainedModel, folder: Path, names: Names, on_disk: l
         if odd or any(getattr(rule, key, False) is not value for key, value in plain.items()):
             fault = f"the experts {path!r} are incomplete or of a kind that cannot be loaded ({type(rule).__name__})"
             raise SourceError(fault, where=str(folder), hint="quantize this model without its experts")
-        model.set_submodule(path, experts_class()(rule, [into[0], into[1]], out_of[0]))
+        model.set_submodule(path, experts_class()(rule, [into[0], into[1]], out_of[0], single))
     names.known = set(model.state_dict())

@@ -18,7 +18,7 @@ from torch import nn
 
 from quantkit.derived_architecture import plain_config
 from quantkit.errors import RunError, SourceError
-from quantkit.modules import Names, split_experts
+from quantkit.modules import Names, in_64s, split_experts
 
 
 class Weights(Protocol):
@@ -67,7 +67,7 @@ class Skeleton:
         self.path, self.layers = _decoder_layers(self.model)
         on_disk, ignored = list(names), _ignored(self.model)
         known = Names(self.model)
-        split_experts(self.model, folder, known, on_disk)
+        split_experts(self.model, folder, known, on_disk, _Expert)
         for module in self.model.modules():
             if hasattr(module, "every"):
                 module.every = True
@@ -266,6 +266,13 @@ def _alike(one: Sequence[Call], other: Sequence[Call]) -> bool:
     return all(
         same((*a.args, *a.kwargs.values()), (*b.args, *b.kwargs.values())) for a, b in zip(one, other, strict=True)
     )
+
+
+class _Expert(nn.Linear):
+    """A linear that gets another number of tokens at each call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(in_64s(x))[..., : x.shape[-2], :]
 
 
 class _Catcher(nn.Module):
