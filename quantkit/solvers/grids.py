@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.kernels.scales import search
 from quantkit.solvers.coded import Coded
-from quantkit.solvers.projection import Projection, arrays, round_all, uniform
+from quantkit.solvers.projection import arrays, round_all, uniform
 from quantkit.solvers.scales_torch import search_torch
 from quantkit.solvers.threads import in_threads, parts
 
@@ -123,8 +123,3 @@ def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Coded:
     found = in_threads(some, parts(weight.shape[0], weight.device, weight.shape[1]), weight.device)
     codes, scales, zeros = (torch.cat(column) for column in zip(*found, strict=True))
     return coded(grid, codes, scales, zeros, group)
-
-
-def projection(grid: Grid, scales: Tensor, zeros: Tensor, group: Tensor, keep: Tensor | None = None) -> Projection:
-    """The grid's points for the column solver."""
-    return uniform(grid.bits, scales, zeros, group, keep)
