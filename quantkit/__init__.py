@@ -1,8 +1,9 @@
-"""quantkit: plan, stream, verify and publish quantized and converted language models.
+"""quantkit: plan, stream, verify and publish quantized, pruned and converted language models.
 
     quantkit.inspect(source)            what a checkpoint is
     quantkit.plan(source, recipe)       every byte of the output, before a weight is read
     quantkit.quantize(source, out)      do it; resumes
+    quantkit.prune(source, out, …)      set weights to zero; resumes
     quantkit.convert(source, out, to)   the same weights in another layout; resumes
     quantkit.verify(folder)             prove the result
     quantkit.load(folder)               a working transformers model of any folder that quantkit wrote
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.api import convert, evaluate, inspect, plan, quantize, verify
+    from quantkit.api import convert, evaluate, inspect, plan, prune, quantize, verify
     from quantkit.loading import load
 
-__all__ = ["__version__", "convert", "evaluate", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["__version__", "convert", "evaluate", "inspect", "load", "plan", "prune", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -27,10 +27,11 @@ from quantkit.verifier import Verification, verify_folder
 _QUIET = Console(quiet=True)
 
 
-def inspect(source: str, *, revision: str | None = None) -> Inspection:
-    """What the checkpoint at a path or Hub id is. Raises SourceError."""
-    folder, _ = resolve(source, revision, weights=False)
-    return inspect_checkpoint(open_checkpoint(folder, data_present=False))
+def inspect(source: str, *, revision: str | None = None, sparsity: bool = False) -> Inspection:
+    """What the checkpoint at a path or Hub id is; with `sparsity` its weights are read, and zeros counted. Raises
+    SourceError."""
+    folder, _ = resolve(source, revision, weights=sparsity)
+    return inspect_checkpoint(open_checkpoint(folder, data_present=sparsity), sparsity=sparsity)
 
 
 def plan(source: str, recipe: Mapping[str, Any] | None = None) -> Plan:
@@ -75,6 +76,22 @@ def convert(
     if table.get("convert", {}).get("to", to) != to:
         raise UsageError(f"the recipe converts to {table['convert']['to']!r}, the call to {to!r}", hint="leave one out")
     table["convert"] = {**table.get("convert", {}), "to": to}
+    return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
+
+
+def prune(
+    source: str,
+    out: str | Path,
+    recipe: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    console: Console = _QUIET,
+    **prune: Any,
+) -> Outcome:
+    """Prunes `source` into the folder `out`: `prune(src, out, sparsity=0.5)`. Keyword arguments are keys of the
+    recipe's `prune` block; see `quantkit.runner.execute` for what is raised."""
+    table = dict(recipe or {})
+    table["prune"] = {**table.get("prune", {}), **prune}
     return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
 
 

@@ -62,6 +62,12 @@ PAPERS = {
     "nf4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
     "fp4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
     "gptq": ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", "2210.17323"),
+    "wanda": ("A Simple and Effective Pruning Approach for Large Language Models", "2306.11695"),
+    "sparsegpt": ("SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "2301.00774"),
+    "owl": (
+        "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
+        "2310.05175",
+    ),
     "int8": ("LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "2208.07339"),
 }
 
@@ -130,7 +136,8 @@ def render_card(facts: CardFacts) -> str:
     inherited, left_out = carried(facts.parent)
     licence = licence_of(facts)
     taken = [key for key in inherited if key in facts.parent.metadata and key in data]
-    return _template("converted" if facts.bits is None else "quantized").render(
+    kind = "quantized" if facts.bits is not None else "converted" if facts.pruning is None else "pruned"
+    return _template(kind).render(
         facts=facts,
         data=data,
         front_matter=_Markdown(yaml_block(data)),
@@ -142,7 +149,7 @@ def render_card(facts: CardFacts) -> str:
         grandparents=[x for x in listed(facts.parent.metadata.get("base_model", [])) if is_hub_id(x) and x != base],
         notes=[*facts.parent.problems, *left_out, *quote_notes],
         quote=_fence(quote, "text") if quote else None,
-        stale=_stale_claims(facts.parent.body, facts.config),
+        stale=_stale_claims(facts.parent.body, facts.config, quantized=facts.bits is not None),
         # A name fit for a folder or a repository is a better stand-in than none; a title is neither.
         variable=_Markdown(f'"{facts.name if is_hub_id(facts.name) else "path/or/repo-id"}"'),
         needs=_needs(facts),
@@ -246,7 +253,7 @@ def _quoted(body: str) -> tuple[str, list[str]]:
     return text, notes
 
 
-def _stale_claims(body: str, config: Mapping[str, Any]) -> list[str]:
+def _stale_claims(body: str, config: Mapping[str, Any], *, quantized: bool) -> list[str]:
     """What the parent's text says and the written configuration does not bear out."""
     claims = []
     inner = config.get("text_config")
@@ -260,7 +267,7 @@ def _stale_claims(body: str, config: Mapping[str, Any]) -> list[str]:
             "The parent's card speaks of sliding-window attention. The configuration of this model sets no sliding "
             "window, so every layer attends to the whole context."
         )
-    if re.search(r"load_in_[48]bit|BitsAndBytesConfig", body):
+    if quantized and re.search(r"load_in_[48]bit|BitsAndBytesConfig", body):
         claims.append(
             "The parent's card shows how to quantize while loading (load_in_4bit or similar). That is for the parent; "
             "this copy is quantized already and is loaded as shown above."

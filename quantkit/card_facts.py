@@ -26,6 +26,40 @@ class ErrorRow:
 
 
 @dataclass(frozen=True)
+class SparsityRow:
+    """Of the pruned tensors of one kind of module: weights, how many were pruned, how many are zero in what was written
+    and were in the source."""
+
+    kind: str
+    tensors: int
+    weights: int
+    pruned: int
+    zeros: int
+    source_zeros: int
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What was pruned, in words, and what was counted; moved: the weights that stay are not the parent's."""
+
+    method: str
+    requested: str
+    pattern: str | None
+    compared: str
+    scope: str
+    moved: bool
+    rows: tuple[SparsityRow, ...]
+
+    @property
+    def total(self) -> SparsityRow:
+        def added(key: str) -> int:
+            return min(sum(int(getattr(row, key)) for row in self.rows), 10**12 - 1)  # as wide as any count on a card
+
+        counts = {key: added(key) for key in ("tensors", "weights", "pruned", "zeros", "source_zeros")}
+        return SparsityRow("all", **counts)
+
+
+@dataclass(frozen=True)
 class FileRow:
     """A written file; `sha256` is 64 hexadecimal digits, any digits while the card is only being planned."""
 
@@ -50,7 +84,7 @@ class CardFacts:
     quantized_by: str | None
     parent: ParentCard
     method_title: str
-    bits: int | None  # None: converted, not quantized
+    bits: int | None  # None: converted or pruned, not quantized
     tags: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
     source_bytes: int
@@ -79,4 +113,5 @@ class CardFacts:
     decoded: int = 0  # tensors that the parent stores in FP8
     context: int | None = None  # longest sequence in tokens
     calibration: Mapping[str, Any] | None = None  # as in the manifest
+    pruning: Pruning | None = None
     old_reference: bool = False  # for the reference program of 2023

@@ -40,6 +40,12 @@ def _options(*given: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+_calibration_options = (
+    click.option("--calib", metavar="TEXT", help="FILE.txt, .jsonl, .parquet or a Hub dataset to calibrate on."),
+    click.option("--calib-samples", type=int, help="Rows of calibration text.  [default: 64]"),
+    click.option("--calib-length", type=int, metavar="TOKENS", help="Tokens a row.  [default: 1024, or the context]"),
+    click.option("--calib-seed", type=int, help="Draw the rows; otherwise they are taken from the beginning."),
+)
 # Each is a key of the recipe.
 _quantize_options = _options(
     click.option("--bits", type=int, help="Bits per weight: 4 or 8; gptq and rtn also 2 and 3.  [default: 4]"),
@@ -55,13 +61,28 @@ _quantize_options = _options(
     click.option("--damp", type=float, help="gptq: part of the mean diagonal added to the Hessian.  [default: 0.03]"),
     click.option("--checkpoint-format", help="gptq, rtn: gptq or gptq_v2.  [default: gptq]"),
     click.option("--format", help="gptq, rtn: gptq or compressed-tensors.  [default: gptq]"),
-    click.option("--calib", metavar="TEXT", help="gptq: FILE.txt, .jsonl, .parquet or a Hub dataset to calibrate on."),
-    click.option("--calib-samples", type=int, help="Rows of calibration text.  [default: 64]"),
-    click.option("--calib-length", type=int, metavar="TOKENS", help="Tokens a row.  [default: 1024, or the context]"),
-    click.option("--calib-seed", type=int, help="Draw the rows; otherwise they are taken from the beginning."),
+    *_calibration_options,
     click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers as they are. Repeatable."),
     click.option("--device", help="Where to compute: cpu or cuda.  [default: cpu]"),
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Quantize NaN and infinities as zero."),
+)
+_prune_options = _options(
+    click.option("--sparsity", type=float, metavar="PART", help="Part of each linear's weights to prune: 0.02 is 2 %."),
+    click.option("--pattern", metavar="N:M", help="Prune N of every M weights in a row: 2:4, 4:8."),
+    click.option("--method", help="wanda, sparsegpt (both calibrated) or magnitude.  [default: wanda]"),
+    click.option(
+        "--targets", multiple=True, metavar="PATTERN", help="attention, mlp, or names. Repeatable.  [default: all]"
+    ),
+    click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers as they are. Repeatable."),
+    click.option(
+        "--variant", is_flag=True, default=None, help="wanda: rows differ, each loses one part of its scores."
+    ),
+    click.option("--per-row", is_flag=True, default=None, help="magnitude: compare within rows, not the whole matrix."),
+    click.option("--damp", type=float, help="sparsegpt: part of the mean diagonal added.  [default: 0.01]"),
+    click.option("--owl", is_flag=True, default=None, help="Layers with more outliers keep more; one more pass."),
+    *_calibration_options,
+    click.option("--device", help="Where to compute: cpu or cuda.  [default: cpu]"),
+    click.option("--allow-nonfinite", is_flag=True, default=None, help="Take NaN and infinities for zero."),
 )
 _convert_options = _options(
     click.option("--to", type=click.Choice(["hf", "mistral"]), help="Layout to write."),
@@ -102,7 +123,7 @@ _output = _options(
 )
 
 
-def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert"] | None = None) -> Recipe:
+def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert", "prune"] | None = None) -> Recipe:
     from quantkit.recipe import load_recipe
 
     keys = {
@@ -139,7 +160,11 @@ def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert"] | None
         "threads": "resources.threads",
         "device": "resources.device",
     }
-    options["skip"] = options.get("skip") or None
+    if verb == "prune":
+        own = ("method", "sparsity", "pattern", "targets", "skip", "variant", "per_row", "damp", "owl")
+        keys |= {name: f"prune.{name}" for name in own}
+    for name in ("skip", "targets"):
+        options[name] = options.get(name) or None
     given = {dotted: options.get(name) for name, dotted in keys.items()}
     return load_recipe(options.get("recipe"), options.get("assignments", ()), given, verb=verb)
 
@@ -147,7 +172,7 @@ def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert"] | None
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="quantkit")
 def cli() -> None:
-    """Quantize and convert language models into folders fit to publish.
+    """Quantize, prune and convert language models into folders fit to publish.
 
     SRC is a folder with weights and config.json or params.json, or a Hub id such as org/model.
     """
@@ -156,12 +181,13 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", metavar="SRC")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@click.option("--sparsity", is_flag=True, help="Read all weights, and count the zeros.")
 @_output_options
-def inspect(source: str, revision: str | None, as_json: bool, quiet: bool) -> None:
-    """Say what a checkpoint is: layout, architecture, sizes, problems."""
+def inspect(source: str, revision: str | None, sparsity: bool, as_json: bool, quiet: bool) -> None:
+    """Say what a checkpoint is: layout, architecture, sizes, sparsity, problems."""
     from quantkit import api
 
-    found = api.inspect(source, revision=revision)
+    found = api.inspect(source, revision=revision, sparsity=sparsity)
     Console(json=as_json, quiet=quiet).result(found.to_json(), found.text())
 
 
@@ -184,6 +210,20 @@ def plan(as_json: bool, quiet: bool, **options: Any) -> None:
 def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Quantize SRC into OUT. The same command resumes an interrupted run."""
     _plan_or_run(_recipe(options, "quantize"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+
+
+@cli.command()
+@_source
+@_prune_options
+@_common_options
+@_output
+@_output_options
+def prune(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+    """Set weights of SRC to zero, into OUT: a part of them, or N of every M. The same command resumes.
+
+    To prune and quantize at once, write a recipe with both blocks and `quantkit run` it.
+    """
+    _plan_or_run(_recipe(options, "prune"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
 
 
 @cli.command()
@@ -229,6 +269,9 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
         rows.append(("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"))
     if source is not None:
         rows.append(("source", f"{found.compared:,} tensors compared, {found.equal:,} equal bit for bit"))
+    if found.pruned is not None:
+        rows.append(("zeros", found.pruned.text))
+        rows += [("", f"{kind.text}  {name}") for name, kind in found.sparsity.items()]
     if found.errors:
         worst = max(found.errors, key=lambda name: found.errors[name])
         rows.append(("largest error", f"{found.errors[worst]:.4f}  {worst}"))
@@ -350,13 +393,19 @@ def _calibration_rows(job: Plan) -> list[tuple[str, str]]:
 
 
 def _job_rows(job: Plan) -> list[tuple[str, str]]:
+    rows = []
+    if (prune := job.recipe.prune) is not None:
+        rows.append(("pruned", f"{len(job.pruned):,} linear layers of {job.architecture}, {prune.requested}"))
+    if job.bits_per_weight is None and rows:
+        return rows
     if job.bits_per_weight is None:
         moved = sum(u.reordered for u in job.units)
         return [
             ("converted", f"{len(job.units):,} tensors of {job.architecture}, {moved:,} with rows in another order")
         ]
     bits = f"{job.bits_per_weight:.3f} in quantized layers, {job.model_bits_per_weight:.3f} over all"
-    return [("quantized", f"{len(job.encoded):,} linear layers of {job.architecture}"), ("bits per weight", bits)]
+    quantized = f"{len(job.quantized):,} linear layers of {job.architecture}"
+    return [*rows, ("quantized", quantized), ("bits per weight", bits)]
 
 
 def _plan_or_run(recipe: Recipe, console: Console, *, force: bool, dry_run: bool) -> None:

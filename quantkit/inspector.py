@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit import architectures
+from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.views import SourceTensor
 from quantkit.console import human_bytes, table
+from quantkit.errors import SourceError
 from quantkit.layouts import Checkpoint
-from quantkit.layouts.base import STRIPPED
+from quantkit.layouts.base import MANIFEST, STRIPPED
 from quantkit.planner import quantized_already, source_tensors
+from quantkit.sparsity import KindSparsity, measure
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Inspection:
     tensors: int
     linears: int
     quantized: str | None
+    recorded: str | None  # of pruning, by the manifest
+    sparsity: tuple[KindSparsity, ...]  # counted, if asked for
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -46,8 +51,18 @@ class Inspection:
             "tensors": self.tensors,
             "linears": self.linears,
             "quantized": self.quantized,
+            "pruned": self.recorded,
+            "sparsity": [row.to_json() for row in self.sparsity],
             "problems": list(self.problems),
         }
+
+    def _summed(self) -> list[KindSparsity]:
+        """The rows by kind, and all of them together."""
+        if not self.sparsity:
+            return []
+        kept = [p for p in self.sparsity[0].patterns if all(p in row.patterns for row in self.sparsity)]
+        tensors, weights, zeros = (sum(getattr(r, k) for r in self.sparsity) for k in ("tensors", "weights", "zeros"))
+        return [*self.sparsity, KindSparsity("all linears of decoder layers", tensors, weights, zeros, tuple(kept))]
 
     def text(self) -> str:
         dtypes = ", ".join(f"{d} {n:,}" for d, n in self.dtypes.items())
@@ -63,13 +78,20 @@ class Inspection:
             ("tensors", f"{self.tensors:,}, of them {self.linears:,} linear layers that can be quantized"),
             ("files", f"{len(self.files)}, {human_bytes(self.nbytes)} of weights"),
             ("quantized", self.quantized or "no"),
+            *((("pruned", self.recorded),) if self.recorded else ()),
+            *(("zeros", _zeros(row)) for row in self._summed()),
             *(("problem", p) for p in self.problems),
         ]
         return table(rows)
 
 
-def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
-    """Reads nothing but what `open_checkpoint` read already."""
+def _zeros(row: KindSparsity) -> str:
+    kept = f", every run {' and '.join(row.patterns)}" if row.patterns else ""
+    return f"{row.sparsity:.3%} of {row.weights:,} weights{kept}  {row.kind}"
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, *, sparsity: bool = False) -> Inspection:
+    """Reads nothing but what `open_checkpoint` read already, unless zeros are to be counted."""
     config = checkpoint.config
     row = architectures.find(config)
     quantized = quantized_already(checkpoint)
@@ -94,8 +116,21 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         len(tensors),
         len(architectures.linears(row, config, names)) if row and not quantized else 0,
         quantized,
+        _recorded(checkpoint),
+        tuple(measure(checkpoint)) if sparsity else (),
         tuple(problems),
     )
+
+
+def _recorded(checkpoint: Checkpoint) -> str | None:
+    """What the manifest, if there is one, says of pruning."""
+    try:
+        manifest = read_json(checkpoint.folder / MANIFEST)
+        how, rows = manifest["pruning"], manifest["sparsity"]
+        weights, zeros = (sum(int(row[key]) for row in rows) for key in ("weights", "zeros"))
+        return f"{how['method']}, {how['requested']}: {zeros:,} of {weights:,} weights were zero when it was written"
+    except (SourceError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _problems(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,13 +34,17 @@ class LayerShape:
 @dataclass(frozen=True)
 class StreamShape:
     """What the plan knows of the stream: rows of calibration text and their length, the width of the hidden states,
-    the number of embedding rows in use at the most, and whether the full-precision model is followed."""
+    the number of embedding rows in use at the most, and whether the full-precision model is followed; whether Hessians
+    are made, or the norms of inputs are enough. made: bytes for each weight of the largest linear, beside what a solver
+    of codes takes: masks, a pruned weight, what it is encoded to and decoded from."""
 
     rows: int
     length: int
     width: int
     embedding: int
     full: bool
+    hessian: bool = True
+    made: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,12 @@ def plan_layers(
     largest = max(max(shape) for shape in everything)
     inputs = max(sum({c for _, c in (*layer.linears, *layer.experts)}) + 2 * stream.width for layer in layers)
     solver = max(_solver(layer, columns, stream, threads) for layer in layers for columns in _widths(layer))
+    solver += stream.made * max(math.prod(shape) for shape in everything)
     # A row's way through a layer: the residual, the norm's output, what attention and the feed-forward part hold.
     activations = FLOAT * stream.length * (4 * stream.width + 4 * largest)
     base = BASE if device == "cpu" else BASE_GPU
     streams = 2 if stream.full else 1  # two files of hidden states, and what linears get, for each
-    scratch = FLOAT * tokens * streams * (2 * stream.width + inputs)
+    scratch = FLOAT * tokens * streams * (2 * stream.width + (inputs if stream.hessian else 0))
     weights = max(FLOAT * stream.embedding * stream.width, *map(_weights, layers))
     memory = LayerMemory(base, weights, solver, activations, scratch)
     if limit is not None and memory.peak > limit:
@@ -98,9 +104,16 @@ def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) 
     The Hessian and its factor, what the linears are aimed at, the codes of the largest. To these comes what threads
     hold of some rows; or, when the factor is gone, the weight restored and packed.
     """
+    if not stream.hessian:
+        return threads * _part(columns, max(rows for rows, c in (*layer.linears, *layer.experts) if c == columns))
     aimed = sum(rows * c for rows, c in layer.linears if c == columns) if stream.full else 0
     tallest = max(rows for rows, c in (*layer.linears, *layer.experts) if c == columns)
     matrix, codes = FLOAT * columns * columns, tallest * columns
-    at_work = threads * min(tallest, max(min(MOST, LARGEST // columns), LEAST)) * columns * PART
+    at_work = threads * _part(columns, tallest)
     needed = matrix + FLOAT * aimed + codes + max(matrix + at_work, (FLOAT + 1) * tallest * columns)
     return needed + int(HOLES * (matrix + FLOAT * aimed))
+
+
+def _part(columns: int, tallest: int) -> int:
+    """Bytes that a thread holds of some rows."""
+    return min(tallest, max(min(MOST, LARGEST // columns), LEAST)) * columns * PART

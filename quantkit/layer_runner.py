@@ -1,4 +1,4 @@
-"""The calibrated part of a run: layer after layer through the stream, each linear solved, packed and written.
+"""The calibrated part of a run: layer after layer through the stream, each linear pruned, solved, packed and written.
 
 Beside the tensors, a layer's end is journalled, once its tensors and the hidden states behind it are on disk. A run
 that was interrupted goes on with the layer that it was at.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +21,34 @@ from quantkit.console import Progress
 from quantkit.layouts import Checkpoint
 from quantkit.methods.base import Array, Report
 from quantkit.plans import Plan, Unit
+from quantkit.pruning import Prune
 
 if TYPE_CHECKING:
     import torch
 
+    from quantkit.calibration.blockwise import BlockStream, Norms
     from quantkit.calibration.statistics import Statistics
-
-REPORT_ROWS = 64  # of a weight, compared at a time
+    from quantkit.encoding import Encoding, Made
 
 
 @dataclass(frozen=True)
 class LayersDone:
     """What the journal says of an earlier run: how many layers are finished, which rows were left out by then, and the
-    dtype that linears computed in."""
+    dtype that linears computed in; and, where each layer has its own, their sparsities."""
 
     layers: int = 0
     excluded: frozenset[int] = frozenset()
     compute: str = ""
+    sparsities: tuple[float, ...] = ()
 
     @classmethod
     def read(cls, entries: list[dict[str, Any]]) -> LayersDone:
         found = [e for e in entries if "layer" in e]
         last = found[-1] if found else None
-        return cls() if last is None else cls(int(last["layer"]) + 1, frozenset(last["excluded"]), last["compute"])
+        own = next((tuple(map(float, e["sparsities"])) for e in entries if "sparsities" in e), ())
+        if last is None:
+            return cls(sparsities=own)
+        return cls(int(last["layer"]) + 1, frozenset(last["excluded"]), last["compute"], own)
 
 
 def scratch(out: Path) -> Path:
@@ -77,6 +82,7 @@ class LayerRun:
         self.plan, self.checkpoint, self.files = plan, checkpoint, files
         self.writer, self.committer, self.progress = writer, committer, progress
         self.check = check
+        self.encoding: Encoding
         self.units = {u.weight.module: u for u in plan.units if u.calibrated and u.weight is not None}
         self.zeroed: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
@@ -86,18 +92,18 @@ class LayerRun:
         """All layers from the first that is not finished."""
         import torch
 
+        from quantkit.calibration.blockwise import BlockStream
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Linear, Stream
+        from quantkit.encoding import Encoding
         from quantkit.torch_setup import fast_dtype, torch_settings
 
         plan, self.done = self.plan, done
-        quantize, tokens = plan.recipe.quantize, plan.tokens
-        assert quantize is not None
+        prune, tokens = plan.recipe.prune, plan.tokens
         assert tokens is not None
         weights = _Checked(self)
-        skeleton = Skeleton(
-            self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.folder, plan.recipe.resources.device
-        )
+        device = plan.recipe.resources.device
+        skeleton = Skeleton(self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.folder, device)
         places = {p.name: p for layer in skeleton.inside for p in layer}
         layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
         for name, unit in self.units.items():
@@ -108,48 +114,75 @@ class LayerRun:
         folder.mkdir(exist_ok=True)
         compute = fast_dtype(skeleton.device)
         ids = torch.from_numpy(tokens.ids.copy())
-        with (
-            torch_settings(plan.memory.threads),
-            closing(
-                Stream(skeleton, weights, ids, layers, folder, full="full" in plan.streams, compute=compute)
-            ) as stream,
-        ):
-            stream.excluded = set(done.excluded)
-            stream.begin(done.layers)
-            for index in range(done.layers, len(layers)):
-                stream.layer(index, self._solve)
-                note = {"layer": index, "excluded": sorted(stream.excluded), "compute": str(compute).split(".")[1]}
-                self.committer.note(note)
-                self.committer.check()
-                self.done = LayersDone.read([note])
+
+        def blocks() -> BlockStream:
+            return BlockStream(skeleton, weights, ids, layers, folder, full=False, compute=compute)
+
+        with torch_settings(plan.memory.threads):
+            if prune is not None and prune.owl and not done.sparsities:
+                with closing(blocks()) as stream:
+                    done = self._survey(stream, prune, len(layers))
+            self.encoding = Encoding(plan.recipe, self.units, done.sparsities)
+            whole = "full" in plan.streams
+            hessian = plan.recipe.needs == "hessian"
+            made = Stream(skeleton, weights, ids, layers, folder, full=whole, compute=compute) if hessian else blocks()
+            with closing(made):
+                made.excluded = set(done.excluded)
+                made.begin(done.layers)
+                for index in range(done.layers, len(layers)):
+                    if isinstance(made, BlockStream):
+                        made.block(index, self._encode)
+                    else:
+                        made.layer(index, self._solve)
+                    note = {"layer": index, "excluded": sorted(made.excluded), "compute": str(compute).split(".")[1]}
+                    self.committer.note(note)
+                    self.committer.check()
+                    self.done = replace(LayersDone.read([note]), sparsities=done.sparsities)
+
+    def _survey(self, stream: BlockStream, prune: Prune, layers: int) -> LayersDone:
+        """How much of each layer goes, by its outliers in the model as it is."""
+        from quantkit.solvers.masks import by_outliers, outlier_part
+
+        outliers: list[float] = []
+
+        def look(found: Mapping[str, Norms]) -> None:
+            chosen = [(norms.weight, norms.squares) for name, norms in found.items() if self.units[name].pruned]
+            outliers.append(outlier_part(chosen, prune.outlier) if chosen else 0.0)
+
+        stream.begin()
+        for index in range(layers):
+            stream.survey(index, look)
+        assert prune.sparsity is not None
+        found = by_outliers(outliers, prune.sparsity, prune.range)
+        self.committer.note({"sparsities": found})
+        return LayersDone(sparsities=tuple(found))
+
+    def _encode(self, name: str, norms: Norms) -> torch.Tensor:
+        made = self.encoding.alone(name, norms)
+        self._write(self.units[name], made)
+        return made.weight
 
     def _solve(self, group: tuple[str, ...], found: Statistics) -> Mapping[str, torch.Tensor]:
-        import torch
-
         from quantkit.torch_setup import give_back_beside
 
-        quantize = self.plan.recipe.quantize
-        assert quantize is not None
-        method, params = quantize.implementation, quantize.params
         restored: dict[str, torch.Tensor] = {}
         give_back_beside(found.hessian.nbytes)
-        assert method.solve is not None
-        for name, solved in method.solve(found, params):
-            unit = self.units[name]
+        for unit, made in self.encoding.group(found):
             assert unit.weight is not None
-            assert method.pack is not None
-            packed = method.pack(solved.coded, unit.weight, params)
-            for info in unit.outputs:
-                self.writer.write(info.file, info.offset, packed.pop(info.name))
-            value = torch.from_numpy(solved.coded.restore())
-            report = _report(found.weights[name], value, solved, self.zeroed.get(unit.name, 0))
-            restored[name] = value
-            self.reports[unit.name] = report
-            self.committer.put(unit, report)
-            self.progress.advance(unit.source.nbytes)
-            self.progress.unit(unit.name, unit.source.nbytes)
+            self._write(unit, made)
+            restored[unit.weight.module] = made.weight
             give_back_beside(found.hessian.nbytes)
         return restored
+
+    def _write(self, unit: Unit, made: Made) -> None:
+        for info in unit.outputs:
+            self.writer.write(info.file, info.offset, made.tensors.pop(info.name))
+        report = replace(made.report, nonfinite=self.zeroed.get(unit.name, 0))
+        self.reports[unit.name] = report
+        self.committer.seal.tensor(unit)
+        self.committer.put(unit, report)
+        self.progress.advance(unit.source.nbytes)
+        self.progress.unit(unit.name, unit.source.nbytes)
 
 
 class _Checked:
@@ -174,19 +207,3 @@ class _Checked:
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         return self.inner.read_rows(name, rows)
-
-
-def _report(weight: torch.Tensor, restored: torch.Tensor, solved: Any, zeroed: int) -> Report:
-    error = norm = 0.0
-    weight = weight.cpu()
-    for start in range(0, len(weight), REPORT_ROWS):
-        w, r = weight[start : start + REPORT_ROWS], restored[start : start + REPORT_ROWS]
-        error += float((w.float() - r).double().square().sum())
-        norm += float(w.double().square().sum())
-    return Report(
-        error,
-        norm,
-        zeroed,
-        output_error=None if solved.report.fallback else solved.report.loss,
-        fallback=solved.report.fallback,
-    )

@@ -39,8 +39,10 @@ from quantkit.plans import (
     Unit,
     digest,
 )
+from quantkit.pruning import Prune
 from quantkit.publication import Measured, draft_manifest, finish_manifest, manifest_text, render_from_manifest
 from quantkit.recipe import Quantize, Recipe
+from quantkit.solvers.pattern import Pattern
 from quantkit.version import __version__
 
 # Tensor names that only a quantized checkpoint has.
@@ -52,6 +54,10 @@ _SINGLE_ROW = (
     "with a single calibration row none is left to judge a step toward the full-precision model by: it is as with "
     "--effort low",
 )
+PRUNED_TOGETHER = 128  # columns; solvers.sparsegpt has the same number, beside torch, which no plan loads
+# Bytes for each weight of a linear that is pruned or encoded whole: its mask, what it becomes, its bits turned, what it
+# is encoded to and decoded from; and while SparseGPT moves weights, four copies of it in float32.
+MADE, PRUNING = 16, 17
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -118,19 +124,20 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
     target = target_of(recipe, checkpoint)
     tensors = [t for t in source_tensors(checkpoint) if t.name in target.names]
     chosen, tokens = _Chosen(), None
-    if recipe.quantize is not None:
+    if recipe.quantize is not None or recipe.prune is not None:
         _check_device(recipe)
-        chosen = _choose(recipe.quantize, checkpoint, tensors)
-        quantize = recipe.quantize.model_copy(update={"params": chosen.params})
-        recipe = recipe.model_copy(update={"quantize": quantize})
+        chosen = _choose(recipe, checkpoint, tensors)
+        if recipe.quantize is not None:
+            quantize = recipe.quantize.model_copy(update={"params": chosen.params})
+            recipe = recipe.model_copy(update={"quantize": quantize})
         recipe, tokens = _calibrate(recipe, checkpoint, target, quiet=quiet)
-    units = [_unit(t, chosen.linears.get(t.name), recipe, target, str(checkpoint.folder)) for t in tensors]
+    units = [_unit(t, chosen, recipe, target, str(checkpoint.folder)) for t in tensors]
     _refuse_twice(units, str(checkpoint.folder))
     shards, units = _shard(units, recipe, target)
     config = dict(target.config)
     if recipe.quantize is not None:
         method = recipe.quantize.implementation
-        compute = next(u.weight.dtype for u in units if u.weight is not None)
+        compute = next(u.weight.dtype for u in units if u.quantized and u.weight is not None)
         config["quantization_config"] = method.config(recipe.quantize.params, compute, chosen.selection)
         extra = method.extra_files(config["quantization_config"])
         target = replace(target, generated={**target.generated, **extra})
@@ -200,6 +207,10 @@ def target_of(recipe: Recipe, checkpoint: Checkpoint, *, tokenizer: bool = True)
 
 def _check_device(recipe: Recipe) -> None:
     method = recipe.quantize.implementation if recipe.quantize is not None else None
+    if method is None and recipe.needs == "nothing" and recipe.resources.device != "cpu":
+        raise UsageError(
+            f"magnitude pruning does not compute on {recipe.resources.device!r}", hint="leave --device out"
+        )
     if method is not None and recipe.resources.device.partition(":")[0] not in method.devices:
         raise UsageError(
             f"{method.name} with {method.bits} bits does not encode on {recipe.resources.device!r}",
@@ -209,10 +220,11 @@ def _check_device(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Which linears are encoded, by tensor name; what config.json lists as left alone; the architecture's name, and its
-    warning about readers; how many linears there are."""
+    """Which linears are quantized, and which are pruned, by tensor name; what config.json lists as left alone; the
+    architecture's name, and its warning about readers; all linears there are."""
 
-    linears: Mapping[str, Linear] = field(default_factory=dict)
+    quantized: Mapping[str, Linear] = field(default_factory=dict)
+    pruned: Mapping[str, Linear] = field(default_factory=dict)
     all: Sequence[Linear] = ()
     skipped: tuple[str, ...] = ()
     architecture: str = ""
@@ -223,12 +235,63 @@ class _Chosen:
 
     @property
     def selection(self) -> Selection:
-        encoded = tuple(linear.module for linear in self.linears.values())
+        encoded = tuple(linear.module for linear in self.quantized.values())
         return Selection(encoded, tuple(x.module for x in self.all if x.module not in set(encoded)), self.skipped)
 
 
-def _choose(quantize: Quantize, checkpoint: Checkpoint, tensors: Sequence[SourceTensor]) -> _Chosen:
+def _choose(recipe: Recipe, checkpoint: Checkpoint, tensors: Sequence[SourceTensor]) -> _Chosen:
     linears, skip_modules, name, warning = find_linears(checkpoint, [t.name for t in tensors])
+    known = architectures.find(checkpoint.config) is not None
+    found = _Chosen({}, {}, linears, (), name, warning, not known)
+    if recipe.quantize is not None:
+        found = _to_quantize(recipe.quantize, checkpoint, tensors, found, skip_modules)
+    if recipe.prune is not None:
+        found = replace(found, pruned=_to_prune(recipe.prune, checkpoint, tensors, linears))
+    return found
+
+
+def _to_prune(
+    prune: Prune, checkpoint: Checkpoint, tensors: Sequence[SourceTensor], linears: Sequence[Linear]
+) -> dict[str, Linear]:
+    modules = [x.module for x in linears if x.layer >= 0]
+    if not modules:
+        raise SourceError(
+            "there are no linears of decoder layers to prune", where=str(checkpoint.folder),
+            hint="check that config.json belongs to these weights",
+        )  # fmt: skip
+    wanted = prune.chosen(modules)
+    if not wanted:
+        raise UsageError(
+            f"nothing is left to prune: {len(modules):,} linears found, none of them chosen",
+            hint="check --targets and --skip",
+        )
+    chosen = {f"{x.module}.weight": x for x in linears if x.module in wanted}
+    if isinstance(amount := prune.amount, Pattern):
+        by_name = {t.name: t for t in tensors}
+        for name, linear in chosen.items():
+            columns = _spec(by_name[name], linear, str(checkpoint.folder)).columns
+            if columns % amount.of:
+                raise UsageError(
+                    f"{linear.module} has {columns:,} inputs, which groups of {amount.of} do not divide",
+                    where=f"{checkpoint.folder}/{by_name[name].file}",
+                    hint=f"take another --pattern, or leave it alone with --skip {linear.kind}",
+                )
+        if prune.method == "sparsegpt" and PRUNED_TOGETHER % amount.of:
+            raise UsageError(
+                f"sparsegpt takes {PRUNED_TOGETHER} columns at a time, which groups of {amount.of} do not divide",
+                hint="take --method wanda, or another --pattern",
+            )
+    return chosen
+
+
+def _to_quantize(
+    quantize: Quantize,
+    checkpoint: Checkpoint,
+    tensors: Sequence[SourceTensor],
+    found: _Chosen,
+    skip_modules: Sequence[str],
+) -> _Chosen:
+    linears = found.all
     modules = [t.name.removesuffix(".weight") for t in tensors if t.name.endswith(".weight")]
     left_out = select(modules, quantize.skip)
     method, by_name = quantize.implementation, {t.name: t for t in tensors}
@@ -250,9 +313,7 @@ def _choose(quantize: Quantize, checkpoint: Checkpoint, tensors: Sequence[Source
             hint=hint,
         )  # fmt: skip
     skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
-    return _Chosen(
-        chosen, linears, skipped, name, warning, architectures.find(checkpoint.config) is None, refused, params
-    )
+    return replace(found, quantized=chosen, skipped=skipped, refused=refused, params=params)
 
 
 def _calibrate(recipe: Recipe, checkpoint: Checkpoint, target: Target, *, quiet: bool) -> tuple[Recipe, Tokens | None]:
@@ -273,9 +334,10 @@ def _calibrate(recipe: Recipe, checkpoint: Checkpoint, target: Target, *, quiet:
 
 
 def _streams(recipe: Recipe, tokens: Tokens | None) -> tuple[str, ...]:
-    if tokens is None or recipe.quantize is None:
+    if tokens is None:
         return ()
-    return recipe.quantize.implementation.streams(recipe.quantize.params)
+    streams = () if recipe.quantize is None else recipe.quantize.implementation.streams(recipe.quantize.params)
+    return streams or ("quantized",)
 
 
 def _spec(source: SourceTensor, linear: Linear, where: str) -> WeightSpec:
@@ -289,22 +351,26 @@ def _spec(source: SourceTensor, linear: Linear, where: str) -> WeightSpec:
     return WeightSpec(linear.module, source.dtype, rows, columns)
 
 
-def _unit(source: SourceTensor, linear: Linear | None, recipe: Recipe, target: Target, where: str) -> Unit:
+def _unit(source: SourceTensor, chosen: _Chosen, recipe: Recipe, target: Target, where: str) -> Unit:
     # Offsets and files of the outputs are filled in by _shard.
-    if linear is None or recipe.quantize is None:
-        written = TensorInfo(target.names[source.name], source.dtype, source.shape, "", 0)
-        head_dim = target.head_dims.get(source.name, 0)
-        return Unit(
-            source, (written,), head_dim=head_dim, granule=math.lcm(source.granule, head_dim * source.columns or 1)
-        )
+    quantized, pruned = source.name in chosen.quantized, source.name in chosen.pruned
+    head_dim = 0 if quantized else target.head_dims.get(source.name, 0)
+    outputs: tuple[TensorInfo, ...] = (TensorInfo(target.names[source.name], source.dtype, source.shape, "", 0),)
+    if not (quantized or pruned):
+        granule = math.lcm(source.granule, head_dim * source.columns or 1)
+        return Unit(source, outputs, head_dim=head_dim, granule=granule)
+    linear = chosen.quantized[source.name] if quantized else chosen.pruned[source.name]
     weight = _spec(source, linear, where)
-    method = recipe.quantize.implementation
-    outputs = tuple(TensorInfo(s.name, s.dtype, s.shape, "", 0) for s in method.outputs(weight, recipe.quantize.params))
-    if method.needs == "hessian" and linear.layer >= 0:
-        return Unit(source, outputs, linear, weight, granule=source.granule, calibrated=True)
-    own = method.granule(weight)
-    granule = 0 if linear.transposed or not own or not source.granule else math.lcm(source.granule, own)
-    return Unit(source, outputs, linear, weight, granule=granule)
+    granule = 0
+    if quantized and recipe.quantize is not None:
+        method, params = recipe.quantize.implementation, recipe.quantize.params
+        outputs = tuple(TensorInfo(s.name, s.dtype, s.shape, "", 0) for s in method.outputs(weight, params))
+        own = method.granule(weight)
+        granule = 0 if linear.transposed or not own or not source.granule else math.lcm(source.granule, own)
+    calibrated = recipe.needs != "nothing" and linear.layer >= 0
+    if calibrated or pruned:
+        granule = source.granule if calibrated else 0
+    return Unit(source, outputs, linear, weight, head_dim, granule, calibrated, quantized, pruned)
 
 
 def _refuse_twice(units: Sequence[Unit], where: str) -> None:
@@ -369,7 +435,8 @@ def _memory(
         rows, length = tokens.ids.shape
         width = architectures.hidden_width(checkpoint.config)
         used = len(set(tokens.ids.ravel().tolist()))
-        stream = StreamShape(rows, length, width, used, "full" in _streams(recipe, tokens))
+        full, hessian = "full" in _streams(recipe, tokens), recipe.needs == "hessian"
+        stream = StreamShape(rows, length, width, used, full, hessian, _made(recipe, units))
         limit, device = recipe.resources.max_memory, recipe.resources.device
         threads = recipe.resources.threads or cores()
         layers = plan_layers(_layers(units), stream, threads=threads, limit=limit, device=device)
@@ -382,12 +449,24 @@ def _memory(
         threads=recipe.resources.threads,
         limit=recipe.resources.max_memory,
         device=recipe.resources.device,
-        # Rounding takes torch, too.
-        derived=chosen.derived or (recipe.quantize is not None and recipe.quantize.method == "rtn"),
+        # Rounding and pruning take torch, too.
+        derived=chosen.derived
+        or (recipe.quantize is not None and recipe.quantize.method == "rtn")
+        or any(u.pruned and not u.calibrated for u in units),
         generated=sum(map(len, target.generated.values())) - len(target.generated.get("quantize_config.json", b"")),
         parsed=max((f.nbytes for f in target.copies), default=0) if target.layout == "mistral" else 0,
     )
     return replace(plan, layers=layers)
+
+
+def _made(recipe: Recipe, units: Sequence[Unit]) -> int:
+    """Bytes for each weight of a linear while it is pruned, and encoded whole, in a stream."""
+    solved = recipe.quantize is not None and recipe.quantize.implementation.solve is not None
+    if solved and all(u.quantized for u in units if u.calibrated):
+        made = 3 if recipe.prune is not None else 0  # masks of all linears of a group
+    else:
+        made = MADE
+    return made + (PRUNING if recipe.prune is not None and recipe.prune.method == "sparsegpt" else 0)
 
 
 def _layers(units: Sequence[Unit]) -> list[LayerShape]:
@@ -415,6 +494,8 @@ def _copies(unit: Unit, *, checked: bool) -> float:
     """How many slabs a worker makes of one, at the most at one time."""
     arranged = (unit.source.head_dim > 0) + (len(unit.source.parts) > 1) + unit.source.turned
     arranged += 2 * (unit.source.scales is not None)
+    if unit.pruned:  # the mask, the pruned weight, what it encodes to and is decoded from
+        return 6 + arranged
     if unit.linear is not None:  # what it encodes to: at most half of it (int8 from 16 bits)
         return 0.5 + unit.linear.transposed + arranged
     written = unit.head_dim > 0

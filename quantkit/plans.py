@@ -35,9 +35,10 @@ class Origin:
 class Unit:
     """The smallest thing committed: one tensor of the model and what is written for it.
 
-    `linear` and `weight` are set where it is encoded; otherwise its elements are copied to the single output, with the
-    rows of each head of `head_dim` in pairs where that is not 0. It is worked on in runs of whole granules, in
-    elements; 0: all at once. `calibrated`: it is solved with its layer, see layer_runner.
+    `linear` and `weight` are set where it is quantized or pruned, or both; otherwise its elements are copied. What is
+    not quantized has a single output, with the rows of each head of `head_dim` in pairs where that is not 0. A unit is
+    worked on in runs of whole granules, in elements; 0: all at once. `calibrated`: it is solved with its layer, see
+    layer_runner.
     """
 
     source: SourceTensor
@@ -47,6 +48,8 @@ class Unit:
     head_dim: int = 0
     granule: int = 8
     calibrated: bool = False
+    quantized: bool = False
+    pruned: bool = False
 
     @property
     def name(self) -> str:
@@ -99,7 +102,16 @@ class Plan:
 
     @property
     def encoded(self) -> tuple[Unit, ...]:
+        """The units whose weights are not the source's: quantized, pruned, or both."""
         return tuple(u for u in self.units if u.linear is not None)
+
+    @property
+    def quantized(self) -> tuple[Unit, ...]:
+        return tuple(u for u in self.units if u.quantized)
+
+    @property
+    def pruned(self) -> tuple[Unit, ...]:
+        return tuple(u for u in self.units if u.pruned)
 
     @property
     def source_bytes(self) -> int:
@@ -120,14 +132,16 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Of the encoded linears, companions included; None if there are none."""
-        weights = sum(u.source.numel for u in self.encoded)
-        return 8 * sum(t.nbytes for u in self.encoded for t in u.outputs) / weights if weights else None
+        """Of the quantized linears, companions included; None if there are none."""
+        weights = sum(u.source.numel for u in self.quantized)
+        return 8 * sum(t.nbytes for u in self.quantized for t in u.outputs) / weights if weights else None
 
     @property
     def passes(self) -> int:
-        """How often the source is read: to copy and hash it, and layer by layer to calibrate."""
-        return 1 if self.tokens is None else 2
+        """How often the source is read: to copy and hash it, and layer by layer to calibrate, once or twice."""
+        if self.tokens is None:
+            return 1
+        return 3 if self.recipe.prune is not None and self.recipe.prune.owl else 2
 
     @property
     def scratch(self) -> int:

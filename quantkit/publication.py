@@ -17,11 +17,13 @@ from importlib.metadata import version
 from typing import Any
 
 from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
+from quantkit.card_facts import Pruning, SparsityRow
 from quantkit.errors import RunError
 from quantkit.layouts import Checkpoint, Target
 from quantkit.methods.base import Report, Selection
 from quantkit.parent_card import ParentCard, read_parent_card
 from quantkit.plans import CARD, MANIFEST, Plan, PlannedFile, Unit
+from quantkit.pruning import NAMES, Prune
 from quantkit.recipe import SHARD_SIZE
 from quantkit.version import __version__
 
@@ -47,7 +49,8 @@ class Measured:
     @classmethod
     def placeholder(cls, plan: Plan, files: Iterable[PlannedFile]) -> Measured:
         """Stand-ins of the widest values."""
-        widest = Report(_WIDEST * _WIDEST, 1.0, _WIDEST_COUNT, _WIDEST)
+        most = _WIDEST_COUNT
+        widest = Report(_WIDEST * _WIDEST, 1.0, most, _WIDEST, pruned=most, zeros=most, source_zeros=most)
         return cls(
             {u.name: widest for u in plan.encoded},
             {f.name: "0" * 64 for f in files},
@@ -111,6 +114,9 @@ def draft_manifest(
     }
     if plan.tokens is not None:
         table["calibration"] = plan.tokens.to_json()
+    if (prune := plan.recipe.prune) is not None:
+        words = {"method": NAMES[prune.method], "requested": prune.requested, "pattern": prune.pattern}
+        table["pruning"] = {**words, "compared": prune.compared, "scope": prune.scope, "moved": not prune.keeps_values}
     if target.recorded:
         table["recorded"] = dict(target.recorded)
     return table
@@ -118,7 +124,13 @@ def draft_manifest(
 
 def _about(plan: Plan, selection: Selection) -> dict[str, Any]:
     """What was done, as the card names it."""
-    if (quantize := plan.recipe.quantize) is None:
+    prune = plan.recipe.prune
+    if (quantize := plan.recipe.quantize) is None and prune is not None:
+        return {"title": f"{NAMES[prune.method]}, {prune.requested}", "slug": prune.slug, "bits": None,
+                "tags": _prune_tags(prune), "settings": [*_prune_settings(prune), *_settings(plan)], "encoded": [],
+                "left_dense": [], "skipped_modules": [], "sampled": False,
+                "decoded": sum(u.source.scales is not None for u in plan.units)}  # fmt: skip
+    if quantize is None:
         words = {"hf": "the Hugging Face layout", "mistral": "the mistral-src layout"}[plan.layout]
         return {"title": words, "slug": {"hf": "hf", "mistral": "mistral-src"}[plan.layout], "bits": None,
                 "tags": ["conversion"] if plan.layout == "hf" else ["conversion", "mistral-src"],
@@ -128,15 +140,32 @@ def _about(plan: Plan, selection: Selection) -> dict[str, Any]:
     about = quantize.implementation.describe(quantize.params)
     return {
         "title": about.title,
-        "slug": about.slug,
+        "slug": about.slug if prune is None else f"{prune.slug}-{about.slug}",
         "bits": quantize.bits,
-        "tags": list(about.tags),
-        "settings": [list(row) for row in about.settings],
+        "tags": [*about.tags, *([] if prune is None else _prune_tags(prune))],
+        "settings": [*map(list, about.settings), *([] if prune is None else _prune_settings(prune))],
         "encoded": list(selection.encoded),
         "left_dense": list(selection.skipped),
         "skipped_modules": list(selection.listed),
-        "sampled": quantize.method == "bnb",  # whether errors are those of a part of the weights
+        "sampled": quantize.method == "bnb" and prune is None,  # whether errors are those of a part of the weights
     }
+
+
+def _prune_tags(prune: Prune) -> list[str]:
+    return ["pruned", "sparsity", prune.method, *(["owl"] if prune.owl else [])]
+
+
+def _prune_settings(prune: Prune) -> list[list[str]]:
+    rows = [
+        ["Pruned by", f"{NAMES[prune.method]}{', the variant' if prune.variant else ''}"],
+        ["Sparsity asked for", prune.requested],
+        ["Compared", prune.compared],
+        ["Scope", prune.scope],
+    ]
+    if prune.owl:
+        differ = f"up to {100 * prune.range:g} points more or less, by their outliers (over {prune.outlier:g} means)"
+        rows.append(["Layers differ", differ])
+    return rows
 
 
 def _settings(plan: Plan) -> list[list[str]]:
@@ -146,6 +175,8 @@ def _settings(plan: Plan) -> list[list[str]]:
         ["Tensors", f"{len(plan.units):,}"],
         ["Tensors whose rows were put in the other rotary order", f"{turned:,}"],
     ]
+    if plan.recipe.convert is None:
+        rows = rows[:1]
     if decoded:
         rows.append(["Tensors decoded from FP8 to bfloat16", f"{decoded:,}"])
     if (convert := plan.recipe.convert) is not None and convert.profile != "current":
@@ -166,9 +197,18 @@ def finish_manifest(draft: Mapping[str, Any], measured: Measured, files: Iterabl
         _error_row(kind, names, shapes, measured, calibrated=calibrated) for kind, names in rows.items()
     ]
     manifest["tensors"] = [
-        {**row, **_measured(measured.reports[row["name"]], calibrated=calibrated)} if row["quantized"] else row
+        {**row, **_measured(measured.reports[row["name"]], row, calibrated=calibrated)}
+        if row["name"] in measured.reports
+        else row
         for row in draft["tensors"]
     ]
+    if "pruning" in draft:
+        pruned = {row["name"] for row in draft["tensors"] if row.get("pruned")}
+        manifest["sparsity"] = [
+            _sparsity_row(kind, [n for n in names if n in pruned], shapes, measured)
+            for kind, names in rows.items()
+            if not pruned.isdisjoint(names)
+        ]
     if calibrated:
         fallbacks = sum(r.fallback for r in measured.reports.values())
         found = {"excluded": measured.excluded, "fallbacks": fallbacks, "compute": measured.compute}
@@ -186,12 +226,24 @@ def finish_manifest(draft: Mapping[str, Any], measured: Measured, files: Iterabl
     return manifest
 
 
-def _measured(report: Report, *, calibrated: bool) -> dict[str, Any]:
+def _sparsity_row(kind: str, names: list[str], shapes: Mapping[str, list[int]], measured: Measured) -> dict[str, Any]:
+    reports = [measured.reports[n] for n in names]
+    return {
+        "kind": kind,
+        "tensors": len(names),
+        "weights": sum(math.prod(shapes[n]) for n in names),
+        **{k: min(sum(getattr(r, k) for r in reports), _WIDEST_COUNT) for k in ("pruned", "zeros", "source_zeros")},
+    }
+
+
+def _measured(report: Report, tensor: Mapping[str, Any], *, calibrated: bool) -> dict[str, Any]:
     """What is noted of one tensor."""
     row: dict[str, Any] = {"error": _short(report.relative_error)}
     if calibrated:
         known = report.output_error
         row |= {"output_error": None if known is None else _short(known), "fallback": report.fallback}
+    if tensor.get("pruned"):
+        row |= {"masked": report.pruned, "zeros": report.zeros}
     return row
 
 
@@ -216,9 +268,11 @@ def _mean(values: list[float]) -> float | None:
 
 def _tensor_row(unit: Unit) -> dict[str, Any]:
     """A source tensor as the manifest lists it: a weight [out, in] if it was quantized, else as it is stored."""
-    shape = [unit.weight.rows, unit.weight.columns] if unit.weight else list(unit.source.shape)
-    row = {"name": unit.name, "dtype": unit.source.dtype, "shape": shape, "quantized": unit.weight is not None}
-    if unit.weight is None and unit.outputs[0].name != unit.name:
+    shape = [unit.weight.rows, unit.weight.columns] if unit.quantized and unit.weight else list(unit.source.shape)
+    row = {"name": unit.name, "dtype": unit.source.dtype, "shape": shape, "quantized": unit.quantized}
+    if unit.pruned:
+        row["pruned"] = True
+    if not unit.quantized and unit.outputs[0].name != unit.name:
         row["written_as"] = unit.outputs[0].name
     return {**row, "transposed": True} if unit.linear is not None and unit.linear.transposed else row
 
@@ -267,7 +321,10 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
         errors=tuple(ErrorRow(**row) for row in manifest["errors"]),
         error_note=ERROR_NOTE if method["sampled"] else "",
         calibration=manifest.get("calibration"),
-        nonfinite=(("quantized tensors", manifest["nonfinite"]),) if "nonfinite" in manifest else (),
+        pruning=_pruning(manifest),
+        nonfinite=(("pruned tensors" if method["bits"] is None else "quantized tensors", manifest["nonfinite"]),)
+        if "nonfinite" in manifest
+        else (),
         files=tuple(FileRow(row["name"], row["bytes"], row["sha256"]) for row in manifest["files"]),
         loader=result["loader"],
         chat=result["chat"],
@@ -282,11 +339,23 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
     return render_card(facts)
 
 
+def _pruning(manifest: Mapping[str, Any]) -> Pruning | None:
+    if "pruning" not in manifest:
+        return None
+    rows = tuple(SparsityRow(**row) for row in manifest["sparsity"])
+    return Pruning(**manifest["pruning"], rows=rows)
+
+
 def _command(manifest: Mapping[str, Any]) -> str:
     """The command that makes this folder again, with a stand-in for the output path."""
     recipe, source = manifest["recipe"], manifest["source"]
-    quantize, convert = recipe.get("quantize"), recipe.get("convert", {})
-    words = ["quantkit", "quantize" if quantize else "convert", source["name"], "-o", "OUT"]
+    quantize, convert, prune = recipe.get("quantize"), recipe.get("convert", {}), recipe.get("prune", {})
+    verb = "quantize" if quantize else "prune" if prune else "convert"
+    words = ["quantkit", verb, source["name"], "-o", "OUT"]
+    if prune and verb == "prune":
+        words += _prune_options(prune)
+    elif prune:
+        words += [f"--set=prune.{key}={json.dumps(value)}" for key, value in prune.items()]
     if quantize:
         if quantize["method"] != "bnb":
             words += ["--method", quantize["method"]]
@@ -298,6 +367,7 @@ def _command(manifest: Mapping[str, Any]) -> str:
             words.append("--no-double-quant")
         for pattern in quantize["skip"]:
             words += ["--skip", pattern]
+    if verb != "convert":
         words += [f"--set=convert.{key}={value}" for key, value in convert.items() if value is not True]
     else:
         words += ["--to", convert["to"]]
@@ -324,8 +394,21 @@ def _command(manifest: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def _prune_options(prune: Mapping[str, Any]) -> list[str]:
+    words = []
+    for key, value in prune.items():
+        option = f"--{key.replace('_', '-')}"
+        if key.startswith("owl_"):
+            words.append(f"--set=prune.{key}={value}")
+        elif isinstance(value, list):
+            words += [word for pattern in value for word in (option, pattern)]
+        elif (key, value) != ("method", "wanda"):
+            words += [option] if value is True else [option, str(value)]
+    return words
+
+
 # Keys of a recipe's quantize block, and the values that need not be said.
-_SAID = {"group_size": None, "act_order": "static", "effort": "default", "damp": 0.01, "checkpoint_format": "gptq",
+_SAID = {"group_size": None, "act_order": "static", "effort": "default", "damp": 0.03, "checkpoint_format": "gptq",
          "format": "gptq"}  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from quantkit.errors import RecipeError
 from quantkit.layouts.base import NativeOptions
 from quantkit.methods import METHODS
 from quantkit.methods.base import Method, Parameters
+from quantkit.pruning import Prune
 
 DEPTH = 2  # of a recipe: keys in blocks
 SHARD_SIZE = 5 * 10**9
@@ -111,6 +112,7 @@ class Recipe(_Block):
     source: str
     revision: str | None = None
     output: str | None = None
+    prune: Prune | None = None
     quantize: Quantize | None
     convert: Convert | None = None
     native: Native = Native()
@@ -123,6 +125,8 @@ class Recipe(_Block):
     def canonical(self) -> dict[str, Any]:
         """The part of the recipe that determines the output's bytes, as plain data with stable keys."""
         table: dict[str, Any] = {}
+        if self.prune is not None:
+            table["prune"] = self.prune.canonical()
         if (quantize := self.quantize) is not None:
             table["quantize"] = {
                 "method": quantize.method,
@@ -142,6 +146,15 @@ class Recipe(_Block):
             "card": self.card.model_dump(),
             "device": self.resources.device,
         }
+
+    @property
+    def needs(self) -> Literal["nothing", "norms", "hessian"]:
+        """What has to be known of the linears' inputs."""
+        wanted = {
+            self.prune.needs if self.prune is not None else "nothing",
+            self.quantize.implementation.needs if self.quantize is not None else "nothing",
+        }
+        return "hessian" if "hessian" in wanted else "norms" if "norms" in wanted else "nothing"
 
     @property
     def largest_file(self) -> int | None:
@@ -166,7 +179,8 @@ class Recipe(_Block):
 
 
 _BLOCKS: dict[str, type[BaseModel]] = {
-    "convert": Convert, "native": Native, "calibration": Calibration, "card": Card, "resources": Resources,
+    "prune": Prune, "convert": Convert, "native": Native, "calibration": Calibration, "card": Card,
+    "resources": Resources,
 }  # fmt: skip
 
 
@@ -179,7 +193,7 @@ def load_recipe(
     assignments: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     *,
-    verb: Literal["quantize", "convert"] | None = None,
+    verb: Literal["quantize", "convert", "prune"] | None = None,
 ) -> Recipe:
     """A Recipe from a YAML file (or none), `--set key=value` assignments and options given as {dotted key: value}.
     `verb` is what it must do; None leaves that to the recipe.
@@ -206,9 +220,13 @@ def load_recipe(
         table.setdefault("quantize", {})
     elif verb == "convert" and "convert" not in table:
         raise RecipeError("which layout is to be written?", where=where, hint="add --to hf or --to mistral")
+    elif verb == "prune":
+        table.setdefault("prune", {})
     recipe = build_recipe(table, where=where, lines=lines)
-    if verb == "convert" and recipe.quantize is not None:
+    if verb in ("convert", "prune") and recipe.quantize is not None:
         raise RecipeError("the recipe quantizes, too", where=where, hint="do it with `quantkit run` or `quantize`")
+    if verb == "convert" and recipe.prune is not None:
+        raise RecipeError("the recipe prunes, too", where=where, hint="do it with `quantkit run` or `prune`")
     return recipe
 
 
@@ -223,11 +241,11 @@ def build_recipe(
         return RecipeError(what, where=place, hint=hint)
 
     table = dict(table)
-    for key in ("quantize", "convert"):
+    for key in ("quantize", "convert", "prune"):
         if not isinstance(table.get(key, {}), dict):
             raise fail(f"{key} is not a block of keys", (key,), f"write `{key}:` and indent its keys below")
     implementation: Method[Any] | None = None
-    if "quantize" not in table and "convert" in table:
+    if "quantize" not in table and not table.keys().isdisjoint(("convert", "prune")):
         table["quantize"] = None
     else:
         implementation, block = _method(table.get("quantize", {}), fail)
@@ -243,13 +261,16 @@ def build_recipe(
                 f"{implementation.name} weights have no form in the mistral layout: no program would read them there",
                 ("convert", "to"), "leave out either the quantize block or the convert block",
             )  # fmt: skip
+        prune = table.get("prune")
         calibrated = implementation is not None and implementation.needs != "nothing"
+        calibrated |= isinstance(prune, Prune) and prune.needs != "nothing"
         if table.get("calibration") is not None and not calibrated:
             named = "a conversion" if implementation is None else f"method {implementation.name}"
+            named = "magnitude pruning" if isinstance(prune, Prune) and implementation is None else named
             raise fail(f"{named} looks at no text", ("calibration",), "leave --calib and the calibration block out")
         if calibrated:
             table["calibration"] = table.get("calibration") or Calibration()
-        if table.get("allow_nonfinite") is True and table["quantize"] is None:
+        if table.get("allow_nonfinite") is True and table["quantize"] is None and prune is None:
             raise fail(
                 "allow_nonfinite is about quantizing; a conversion copies NaN as it is", ("allow_nonfinite",),
                 "leave it out",
@@ -277,8 +298,9 @@ def build_recipe(
         raise fail(f"unknown key {dotted!r}", keys, _did_you_mean(keys[-1], names))
     if error["type"] == "missing":
         raise fail(f"{dotted} is missing", keys, "name it in the recipe or on the command line")
-    message = str(error["msg"]).removeprefix("Value error, ")
-    hint = f"it is {reprlib.repr(error['input'])}" if error["loc"] else "leave it out"
+    message, _, hint = str(error["msg"]).removeprefix("Value error, ").partition("\n")
+    if not hint:
+        hint = f"it is {reprlib.repr(error['input'])}" if error["loc"] else "leave it out"
     raise fail(f"{dotted}: {message[0].lower()}{message[1:]}", keys, hint)
 
 

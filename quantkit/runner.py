@@ -81,7 +81,7 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         done = {name: report for name, report in done.items() if name not in lost}
         layers = LayersDone.read(journal.entries)
         if lost or not can_resume(plan, out, layers):
-            layers = LayersDone()
+            layers = LayersDone(sparsities=layers.sparsities)
         # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.
         half = {u.name for u in plan.units if u.calibrated and u.linear and u.linear.layer >= layers.layers}
         done = {name: report for name, report in done.items() if name not in half}
@@ -244,9 +244,13 @@ class _Run:
         """(unit, first element, number of elements) of every slab to do, in file order."""
         for unit in self.pending:
             size = slab_elements(unit.source, unit.granule, self.plan.memory.slab)
-            encoder = None
+            encoder: Encoder | None = None
             quantize = self.plan.recipe.quantize
-            if unit.weight is not None and quantize is not None and not unit.calibrated:
+            if unit.pruned and not unit.calibrated:
+                from quantkit.encoding import WholeEncoder  # it takes torch
+
+                encoder = WholeEncoder(self.plan.recipe, unit)
+            elif unit.weight is not None and quantize is not None and not unit.calibrated:
                 encoder = quantize.implementation.encoder(
                     unit.weight, quantize.params, self.plan.recipe.resources.device
                 )
@@ -269,7 +273,7 @@ class _Run:
         x = source.arrange(raw, start)
         main = unit.outputs[0]
         zeroed = 0
-        if self.plan.recipe.quantize is not None and source.dtype in FLOATS:
+        if self.plan.encoded and source.dtype in FLOATS:
             zeroed = self._check_finite(unit, start, x)
         if unit.calibrated:
             return False
@@ -295,7 +299,7 @@ class _Run:
             companions, measured = state.encoder.finish()
             for info in unit.outputs[1:]:
                 self.writer.write(info.file, info.offset, companions[info.name])
-            report = Report(measured.squared_error, measured.squared_norm, nonfinite)
+            report = replace(measured, nonfinite=nonfinite)
         self.reports[unit.name] = report
         self.seal.tensor(unit)
         self.committer.put(unit, report)

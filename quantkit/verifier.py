@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,19 @@ from quantkit.methods.base import Array, Selection, WeightSpec
 from quantkit.output import COMMITS, WEIGHT_SUFFIXES
 from quantkit.packed import UNDECODABLE, Packed, decoded
 from quantkit.planner import target_of
+from quantkit.pruning import Prune
 from quantkit.publication import FORMAT
 from quantkit.recipe import Quantize, Recipe, build_recipe
 from quantkit.restored import open_source
+from quantkit.solvers.pattern import Pattern
+from quantkit.sparsity import ZeroCount, count_dense, same_but_zeros
 
 
 @dataclass(frozen=True)
 class Verification:
     """Outcome: what is wrong (nothing, if the folder is sound), how much was looked at, and, where a source was given,
-    the relative error of each quantized tensor over all its weights, and how many others are equal to it."""
+    the relative error of each quantized tensor over all its weights, and how many others are equal to it. pruned,
+    sparsity: zeros of the pruned tensors, together and by kind of module; nothing where none was pruned, or read."""
 
     problems: tuple[str, ...]
     files: int
@@ -41,6 +45,24 @@ class Verification:
     compared: int
     equal: int
     errors: Mapping[str, float]
+    pruned: Zeros | None = None
+    sparsity: Mapping[str, Zeros] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """tensors, their weights, and how many of these are zero."""
+
+    tensors: int
+    weights: int
+    zeros: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.zeros:,} of {self.weights:,} weights, {self.zeros / max(self.weights, 1):.3%}"
+
+    def plus(self, count: ZeroCount) -> Zeros:
+        return Zeros(self.tensors + 1, self.weights + count.weights, self.zeros + count.zeros)
 
 
 def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Console) -> Verification:
@@ -74,6 +96,8 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
         check.compared,
         check.equal,
         dict(check.errors),
+        check.pruned,
+        dict(check.sparsity),
     )
 
 
@@ -85,6 +109,9 @@ class _Check:
         self.problems: list[str] = []
         self.files = self.tensors = self.quantized = self.compared = self.equal = 0
         self.errors: dict[str, float] = {}
+        self.pruned: Zeros | None = None
+        self.sparsity: dict[str, Zeros] = {}
+        self.prune: Prune | None = None
         self.encoded: tuple[str, ...] = ()  # modules, as the manifest lists them
         self.left_dense: tuple[str, ...] = ()
         self.skipped: tuple[str, ...] = ()
@@ -95,9 +122,11 @@ class _Check:
             self.problems.append(f"quantkit.json: format {manifest.get('format')!r}, this version knows {FORMAT}")
             return
         try:
-            made = {k: v for k, v in manifest["recipe"].items() if k in ("quantize", "convert")}
+            made = {k: v for k, v in manifest["recipe"].items() if k in ("quantize", "convert", "prune")}
             recipe = build_recipe({"source": "", **made})
-            quantize = recipe.quantize
+            quantize, self.prune = recipe.quantize, recipe.prune
+            if self.prune is None and any(row.get("pruned") for row in manifest["tensors"]):
+                raise ValueError("it lists pruned tensors, and its recipe prunes nothing")
             if quantize is None and any(row["quantized"] for row in manifest["tensors"]):
                 raise ValueError("it lists quantized tensors, and its recipe quantizes nothing")
             rows = [_Row.read(row) for row in manifest["tensors"]]
@@ -207,6 +236,9 @@ class _Check:
                         pass
                 except UNDECODABLE as e:
                     self.problems.append(f"tensor {row.name!r} does not decode: {e}")
+            elif row.pruned:
+                patterns = self._patterns(row)
+                self._counted(row, count_dense(checkpoint.tensors[row.name], files, patterns, turned=row.transposed))
             progress.advance(sum(t.nbytes for t in row.outputs(quantize)))
             progress.unit(row.name, row.spec.nbytes)
 
@@ -216,7 +248,30 @@ class _Check:
         """(first element, fp32 values) of a quantized tensor, slab by slab. ValueError if it does not decode."""
         assert quantize is not None, "only a quantize recipe has quantized rows"
         packed = Packed(row.weight, quantize.implementation, quantize.params, row.transposed)
-        return decoded(checkpoint.tensors, files, packed)
+        count = ZeroCount(self._patterns(row)) if row.pruned else None
+        for start, values in decoded(checkpoint.tensors, files, packed):
+            if count is not None:
+                count.feed(values == 0)
+            yield start, values
+        if count is not None:
+            self._counted(row, count)
+
+    def _patterns(self, row: _Row) -> tuple[Pattern, ...]:
+        amount = self.prune.amount if self.prune is not None else None
+        return (amount,) if isinstance(amount, Pattern) else ()
+
+    def _counted(self, row: _Row, count: ZeroCount) -> None:
+        """Takes note of the zeros of a pruned tensor, and of what they should be."""
+        self.pruned = (self.pruned or Zeros(0, 0, 0)).plus(count)
+        kind = ".".join(part for part in row.name.removesuffix(".weight").split(".") if not part.isdigit())
+        self.sparsity[kind] = self.sparsity.get(kind, Zeros(0, 0, 0)).plus(count)
+        if count.zeros != row.zeros:
+            what = f"{count.zeros:,} weights are zero, the manifest says {row.zeros:,}"
+            self.problems.append(f"tensor {row.name!r}: {what}")
+        for pattern, broken in count.broken.items():
+            if broken:
+                what = f"{broken:,} groups of {pattern.of} weights hold fewer than {pattern.pruned} zeros"
+                self.problems.append(f"tensor {row.name!r}: {what}")
 
     def _compare(
         self,
@@ -232,6 +287,9 @@ class _Check:
             self.problems.append(f"tensor {row.name!r}: the source has no such {row.spec.dtype} tensor")
             return
         self.compared += 1
+        if row.pruned and not row.quantized:
+            self._compare_pruned(checkpoint, files, source, parent_files, row)
+            return
         if not row.quantized:
             if _same_elements(checkpoint.tensors[row.name], files, source, parent_files):
                 self.equal += 1
@@ -253,9 +311,36 @@ class _Check:
         except UNDECODABLE as e:
             self.problems.append(f"tensor {row.name!r} does not decode: {e}")
             return
-        measured = (error / norm) ** 0.5 if norm > 0 else error
+        self._judge(row, (error / norm) ** 0.5 if norm > 0 else error)
+
+    def _compare_pruned(
+        self, checkpoint: Checkpoint, files: SourceFiles, source: SourceTensor, parent_files: SourceFiles, row: _Row
+    ) -> None:
+        found = checkpoint.tensors[row.name]
+        self._counted(row, count_dense(found, files, self._patterns(row), turned=row.transposed))
+        if self.prune is not None and self.prune.keeps_values:
+            if same_but_zeros(found, files, source, parent_files):
+                self.equal += 1
+            else:
+                self.problems.append(f"tensor {row.name!r}: weights that were not pruned are not the source's")
+            return
+        from quantkit.kernels.floats import to_float32
+
+        error = norm = 0.0
+        granule = 0 if found.turned or source.turned else math.lcm(found.granule, source.granule)
+        size = slab_elements(found, granule, SLAB)
+        for start in range(0, found.numel, size):
+            n = min(size, found.numel - start)
+            read = (elements(found, files, start, n), elements(source, parent_files, start, n))
+            new, old = (to_float32(x, found.dtype).astype(np.float64) for x in read)
+            old[~np.isfinite(old)] = 0
+            error += float(np.vdot(new - old, new - old))
+            norm += float(np.vdot(old, old))
+        self._judge(row, (error / norm) ** 0.5 if norm > 0 else error)
+
+    def _judge(self, row: _Row, measured: float) -> None:
         self.errors[row.name] = measured
-        # The manifest's figure is a sample of the blocks, so a small tensor may differ from it, but not by this much.
+        # The manifest's figure may be of a sample of the blocks: a small tensor may differ from it, but not by this.
         if measured > 3 * row.error + 0.02:
             what = f"relative error {measured:.4f} against the source, the manifest says {row.error:.4f}"
             self.problems.append(f"tensor {row.name!r}: {what}")
@@ -275,6 +360,8 @@ class _Row:
     quantized: bool
     transposed: bool
     error: float
+    pruned: bool
+    zeros: int
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> _Row:
@@ -286,7 +373,11 @@ class _Row:
         error = float(row.get("error", 0.0))
         if not 0 <= error < np.inf:
             raise ValueError(f"{spec.name!r} has an error of {error}")
-        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), error)
+        pruned = bool(row.get("pruned"))
+        if pruned and (len(spec.shape) != 2 or spec.dtype not in FLOATS):
+            raise ValueError(f"{spec.name!r} is no float matrix, so it was not pruned")
+        zeros = int(row["zeros"]) if pruned else 0
+        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), error, pruned, zeros)
 
     @property
     def name(self) -> str:

@@ -279,12 +279,14 @@ def test_json_of_each_verb(tiny: Tiny, tmp_path: Path, quantkit: Run) -> None:
     source, out = tiny("llama"), tmp_path / "out"
     assert set(json_of(quantkit("inspect", source, "--json"))) == {
         "layout", "generation", "architecture", "in_table", "parameters", "bytes", "parameters_by_dtype", "tied",
-        "files", "tensors", "linears", "quantized", "problems",
+        "files", "tensors", "linears", "quantized", "pruned", "sparsity", "problems",
     }  # fmt: skip
     done = json_of(quantkit("quantize", source, "-o", out, "--json"))
     assert set(done) == {"out", "already_done", "seconds", "peak_rss", "units", "reused", "checked"}
     verified = json_of(quantkit("verify", out, "--json"))
-    assert set(verified) == {"sound", "problems", "files", "tensors", "quantized", "compared", "equal", "errors"}
+    assert set(verified) == {
+        "sound", "problems", "files", "tensors", "quantized", "compared", "equal", "errors", "pruned", "sparsity",
+    }  # fmt: skip
     assert json_of(quantkit("card", out, "--json")) == {"card": str(out / "README.md")}
 
 

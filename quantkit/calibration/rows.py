@@ -27,7 +27,7 @@ from quantkit.modules import in_64s
 Group = tuple[str, ...]  # linears that share their inputs
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """Ends a pass at a linear. Not an Exception: no module may catch it."""
 
     def __init__(self, linear: str, x: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ class Passes:
         """What `linear`, the next one without a new weight, is called with."""
         try:
             self._run(row, self._answer)
-        except _Stop as stop:
+        except Stop as stop:
             if stop.linear == linear:
                 return stop.x
         raise _irregular(f"{linear} is not called, or later than for another text")
@@ -193,7 +193,7 @@ class Passes:
                 missing.pop(name)(x)
             return x.new_zeros((*x.shape[:-1], outputs[name]))
 
-        with suppress(_Stop):  # at something behind the experts
+        with suppress(Stop):  # at something behind the experts
             self._run(row, answer)
         if missing:
             raise _irregular(f"{next(iter(missing))} is not called, or later than for another text")
@@ -202,7 +202,7 @@ class Passes:
         """What leaves the layer."""
         try:
             return self._run(row, self._answer)
-        except _Stop as stop:
+        except Stop as stop:
             raise _irregular(f"{stop.linear} is called for some texts only") from None
 
     def keeps(self, group: Group) -> bool:
@@ -227,7 +227,7 @@ class Passes:
 
     def _answer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if name not in self.weights:
-            raise _Stop(name, x)
+            raise Stop(name, x)
         return apply_linear(x, self.weights[name])
 
     def _skip(self, name: str) -> torch.Tensor | None:

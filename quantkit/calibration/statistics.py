@@ -5,8 +5,8 @@ All are made in parts that do not depend on how many threads there are, each by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.functional import linear
@@ -94,6 +94,14 @@ class Statistics:
             gain += float((moved * missing).sum(1).double().sum())
             energy += float((moved * moved).sum(1).double().sum())
         return gain, energy
+
+    def only(self, names: Collection[str]) -> Statistics:
+        """The same of some of the linears, on the same sums: to complete those of one completes those of the other."""
+        if len(names) == len(self.weights):
+            return self
+        some = {n: w for n, w in self.weights.items() if n in names}
+        cross = {n: self.cross.pop(n) for n in some if n in self.cross}
+        return replace(self, weights=some, cross=cross)
 
     def complete(self) -> None:
         """Adds the rows held out to the Hessian, once the cross is used up."""

@@ -41,7 +41,8 @@ class Report:
     """What encoding one tensor cost: Σ(w − ŵ)² and Σw² over the sampled weights, and how many were not finite.
 
     Of a calibrated method also the energy of the error in its output relative to that of the output, over the
-    calibration text, None where it is not known, and whether it fell back to plain rounding.
+    calibration text, None where it is not known, and whether it fell back to plain rounding, or to plain magnitude.
+    Of a pruned weight also how many were pruned, and how many are zero in the end and were in the source.
     """
 
     squared_error: float
@@ -49,15 +50,19 @@ class Report:
     nonfinite: int = 0
     output_error: float | None = None
     fallback: bool = False
+    pruned: int = 0
+    zeros: int = 0
+    source_zeros: int = 0
 
     def row(self) -> list[float | None]:
         """As the journal keeps it."""
-        return [self.squared_error, self.squared_norm, self.nonfinite, self.output_error, float(self.fallback)]
+        counts = [self.pruned, self.zeros, self.source_zeros]
+        return [self.squared_error, self.squared_norm, self.nonfinite, self.output_error, float(self.fallback), *counts]
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Report:
-        error, norm, nonfinite, output_error, fallback = row
-        return cls(error, norm, int(nonfinite), output_error, bool(fallback))
+        error, norm, nonfinite, output_error, fallback, *counts = row
+        return cls(error, norm, int(nonfinite), output_error, bool(fallback), *map(int, counts))
 
     @property
     def relative_error(self) -> float:
@@ -130,8 +135,9 @@ class Method(Generic[P]):
     others; None: transformers, or quantkit.load where the architecture's row warns.
     extra_files: written beside config.json, from its quantization_config. reader_notes: what readers cannot be told.
     Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from the
-    calibration.statistics.Statistics of linears that share their inputs. Of methods whose weights are codes: pack,
-    these as the outputs; unpack, the inverse, which raises ValueError where outputs contradict each other.
+    calibration.statistics.Statistics of linears that share their inputs, and masks (solvers.group). Of methods whose
+    weights are codes: pack, these as the outputs; unpack, the inverse, which raises ValueError where outputs contradict
+    each other.
     """
 
     name: str
@@ -151,7 +157,7 @@ class Method(Generic[P]):
     reader_notes: Callable[[Selection, P], tuple[str, ...]] = lambda _selection, _params: ()
     loader: Callable[[str, P], tuple[str, str]] | None = None
     streams: Callable[[P], tuple[str, ...]] = lambda _params: ()
-    solve: Callable[[Any, P], Iterator[tuple[str, Any]]] | None = None
+    solve: Callable[[Any, P, Any], Iterator[tuple[str, Any]]] | None = None
     pack: Callable[[Coded, WeightSpec, P], dict[str, Array]] | None = None
     unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
 

@@ -8,7 +8,7 @@ way, the corrections of one layer after the other feed on each other, and the mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -46,27 +46,42 @@ class Statistics(Protocol):
     def complete(self) -> None: ...
 
 
-def solve_group(found: Statistics, settings: Settings, effort: Effort) -> Iterator[tuple[str, Solved]]:
-    """(name, Solved) of each of the weights [out, in] of linears that share their inputs. Without a cross a
-    linear is aimed at its own weight."""
-    weights = found.weights
-    settings = settings_for(settings, effort)
+Masks = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # targets → masks, of those that are pruned
+
+
+def aim(found: Statistics) -> dict[str, Tensor]:
+    """What each weight that has a cross is aimed at, float32 [out, in]; afterwards the sums are complete, and no cross
+    is left."""
     targets: dict[str, Tensor] = {}
     for name in list(found.cross):
-        weight = weights[name]
+        weight = found.weights[name]
         step = step_toward(weight, found.hessian, found.cross.pop(name), RIDGE)
         part = strength(*found.probe(name, step))
         targets[name] = step.mul_(part).add_(weight)
     found.complete()
     give_back_beside(found.hessian.nbytes)
+    return targets
+
+
+def solve_group(
+    found: Statistics, settings: Settings, effort: Effort, masks: Masks | None = None
+) -> Iterator[tuple[str, Solved]]:
+    """(name, Solved) of each of the weights [out, in] of linears that share their inputs. Without a cross a
+    linear is aimed at its own weight. masks: bool [out, in], false where a weight is pruned, from what is aimed at."""
+    weights = found.weights
+    settings = settings_for(settings, effort)
+    targets = aim(found)
+    keep = {} if masks is None else dict(masks(targets))
     if found.tokens < FEWEST_TOKENS:
         for name, weight in weights.items():
-            yield name, Solved(rtn(weight, settings.grid), Report(None, None, 0.0, True, False, 0))
+            pruned = weight if name not in keep else weight.masked_fill(~keep[name], 0)
+            yield name, Solved(rtn(pruned, settings.grid), Report(None, None, 0.0, True, False, 0))
         return
     factor = factor_for(found.hessian, settings)
     last = [*weights][-1]
     for name, weight in weights.items():
-        solved = solve(weight, found.hessian, settings, target=targets.pop(name, None), factor=factor)
+        target, kept = targets.pop(name, None), keep.pop(name, None)
+        solved = solve(weight, found.hessian, settings, target=target, keep=kept, factor=factor)
         if name == last:
             factor = None  # as large as the Hessian: not to be held while the last weight is packed
         yield name, solved

@@ -6,39 +6,23 @@ weight that comes first goes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from quantkit.kernels.masks import drop_in_groups, drop_smallest
+from quantkit.solvers.pattern import Amount, Pattern
 from quantkit.solvers.threads import in_threads, parts
 
 # The search for the variant's strength ends within this of the sparsity asked for, or of its own range.
 CLOSE = 0.001
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """N:M: of every `of` columns in a row, `pruned` go."""
-
-    pruned: int
-    of: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.pruned < self.of:
-            raise ValueError(f"{self.pruned}:{self.of}: of M weights some go and some stay")
-
-    @property
-    def sparsity(self) -> float:
-        return self.pruned / self.of
-
-    def __str__(self) -> str:
-        return f"{self.pruned}:{self.of}"
-
-
-def wanda(weight: Tensor, squares: Tensor, amount: float | Pattern) -> Tensor:
+def wanda(weight: Tensor, squares: Tensor, amount: Amount) -> Tensor:
     """Wanda (Sun et al. 2023): of every row the smallest |w|·‖x‖ go, int(columns · sparsity) of them, or N of every M.
 
     weight: [rows, columns] of any float type. squares: float32 [columns], Σ x² of each input.
@@ -61,13 +45,50 @@ def wanda_variant(weight: Tensor, squares: Tensor, sparsity: float) -> Tensor:
         alpha = (low + high) / 2
 
 
-def magnitude(weight: Tensor, amount: float | Pattern, *, per_row: bool = False) -> Tensor:
+def magnitude(weight: Tensor, amount: Amount, *, per_row: bool = False) -> Tensor:
     """The smallest |w| go: int(weights · sparsity) of the whole matrix, or of every row as `wanda` does, or N of every
     M."""
-    ones = torch.ones(weight.shape[1], device=weight.device)
     if per_row or isinstance(amount, Pattern):
-        return wanda(weight, ones, amount)
-    return _smallest(weight.abs().float().reshape(1, -1), amount).reshape(weight.shape)
+        return wanda(weight, torch.ones(weight.shape[1], device=weight.device), amount)
+    count = int(weight.numel() * amount)
+    if weight.device.type != "cpu":
+        return _all_but(weight.abs().float().reshape(1, -1), count).reshape(weight.shape)
+    keep = torch.empty(weight.shape, dtype=torch.bool)
+    word, numpy_word = (torch.int16, np.uint16) if weight.itemsize == 2 else (torch.int32, np.uint32)
+    bits = weight.contiguous().view(word).numpy().view(numpy_word)
+    drop_smallest(bits.reshape(-1), 8 * weight.itemsize - 16, count, keep.numpy().reshape(-1))
+    return keep
+
+
+def outlier_part(weights: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
+    """The part of a layer's weights whose score |w|·‖x‖ is more than so many times the mean of the layer's scores (OWL,
+    Yin et al. 2023). weights: of each linear the weight [rows, columns] and Σ x² float32 [columns] of its inputs."""
+    sizes = sum(weight.numel() for weight, _ in weights)
+
+    def each(look: Callable[[Tensor], Tensor]) -> float:
+        found = 0.0
+        for weight, squares in weights:
+            norms = squares.sqrt()
+
+            def one(rows: slice, weight: Tensor = weight, norms: Tensor = norms) -> float:
+                return float(look(weight[rows].abs().float() * norms))
+
+            found += sum(in_threads(one, parts(weight.shape[0], weight.device, weight.shape[1]), weight.device))
+        return found
+
+    mean = each(lambda scores: scores.sum(dtype=torch.float64)) / sizes
+    return each(lambda scores: (scores > times * mean).sum()) / sizes
+
+
+def by_outliers(outliers: Sequence[float], sparsity: float, spread: float) -> list[float]:
+    """The sparsity of each layer, their mean as asked for: layers with more outliers keep more, the one with the most
+    2 · `spread` more than the one with the least (OWL)."""
+    least, most = min(outliers), max(outliers)
+    if most == least:
+        return [sparsity] * len(outliers)
+    keep = [2 * spread * (part - least) / (most - least) for part in outliers]
+    mean = sum(keep) / len(keep)
+    return [min(max(sparsity - (part - mean), 0.0), 1.0) for part in keep]
 
 
 def measured_sparsity(keep: Tensor) -> float:
@@ -86,16 +107,34 @@ def _by_rows(weight: Tensor, squares: Tensor, keep: Callable[[Tensor], Tensor]) 
     return out
 
 
-def _smallest(scores: Tensor, amount: float | Pattern) -> Tensor:
+def _smallest(scores: Tensor, amount: Amount) -> Tensor:
     """True but for the smallest scores of each row float32 [rows, columns]."""
+    if isinstance(amount, Pattern) and scores.device.type == "cpu":
+        keep = torch.empty(scores.shape, dtype=torch.bool)
+        drop_in_groups(scores.contiguous().numpy(), amount.pruned, amount.of, keep.numpy())
+        return keep
     if isinstance(amount, Pattern):
         return _all_but(scores.reshape(-1, amount.of), amount.pruned).reshape(scores.shape)
     return _all_but(scores, int(scores.shape[1] * amount))
 
 
 def _all_but(scores: Tensor, count: int) -> Tensor:
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if scores.device.type == "cpu":  # a sort takes twenty times as long
+        return torch.from_numpy(_above(scores.numpy(), count))
     order = scores.sort(dim=1, stable=True).indices
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], False)
+
+
+def _above(scores: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.bool_]:
+    limit = np.partition(scores, count - 1, axis=1)[:, count - 1 : count]
+    keep: npt.NDArray[np.bool_] = scores > limit
+    equal = scores == limit
+    over = np.count_nonzero(~keep, axis=1) - count  # of the equal ones, the last so many stay
+    for row in np.flatnonzero(over):
+        keep[row, np.flatnonzero(equal[row])[-over[row] :]] = True
+    return keep
 
 
 def _light_part(alpha: float, scores: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.kernels.sparse import prune_block
 from quantkit.solvers.factor import Factor
-from quantkit.solvers.masks import Pattern
+from quantkit.solvers.pattern import Pattern
 from quantkit.solvers.projection import arrays
 from quantkit.solvers.threads import in_threads, parts
 from quantkit.solvers.triangular import substitute

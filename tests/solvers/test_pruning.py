@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quantkit.solvers import sparsegpt
 from quantkit.solvers.factor import factorize
-from quantkit.solvers.masks import Pattern, magnitude, measured_sparsity, wanda, wanda_variant
+from quantkit.solvers.masks import magnitude, measured_sparsity, wanda, wanda_variant
+from quantkit.solvers.pattern import Pattern
 from quantkit.solvers.quadratic import row_losses
 from quantkit.solvers.sparsegpt import prune_columns
 
