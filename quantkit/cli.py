@@ -396,6 +396,9 @@ def _job_rows(job: Plan) -> list[tuple[str, str]]:
     rows = []
     if (prune := job.recipe.prune) is not None:
         rows.append(("pruned", f"{len(job.pruned):,} linear layers of {job.architecture}, {prune.requested}"))
+        zeros, weights = job.to_prune
+        if zeros is not None:
+            rows.append(("zeros", f"{zeros:,} of {weights:,} weights, {zeros / weights:.3%}"))
     if job.bits_per_weight is None and rows:
         return rows
     if job.bits_per_weight is None:

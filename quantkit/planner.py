@@ -337,6 +337,8 @@ def _streams(recipe: Recipe, tokens: Tokens | None) -> tuple[str, ...]:
     if tokens is None:
         return ()
     streams = () if recipe.quantize is None else recipe.quantize.implementation.streams(recipe.quantize.params)
+    if not streams and recipe.prune is not None and recipe.prune.method == "sparsegpt":
+        return ("quantized", "full")
     return streams or ("quantized",)
 
 

@@ -131,6 +131,15 @@ class Plan:
         return sum(u.source.numel for u in self.units)
 
     @property
+    def to_prune(self) -> tuple[int | None, int]:
+        """How many weights are pruned, where that is known beforehand, of how many."""
+        prune = self.recipe.prune
+        specs = [u.weight for u in self.pruned if u.weight is not None]
+        counts = [] if prune is None else [prune.count(w.rows, w.columns) for w in specs]
+        known = [n for n in counts if n is not None]
+        return sum(known) if len(known) == len(counts) else None, sum(w.numel for w in specs)
+
+    @property
     def bits_per_weight(self) -> float | None:
         """Of the quantized linears, companions included; None if there are none."""
         weights = sum(u.source.numel for u in self.quantized)
@@ -169,6 +178,7 @@ class Plan:
             "source_bytes": self.source_bytes,
             "weight_bytes": self.weight_bytes,
             "bits_per_weight": self.bits_per_weight,
+            "pruned": None if self.recipe.prune is None else dict(zip(("zeros", "of"), self.to_prune, strict=True)),
             "model_bits_per_weight": self.model_bits_per_weight,
             "disk_bytes": self.disk,
             "passes_over_source": self.passes,

@@ -125,6 +125,16 @@ class Prune(BaseModel):
             found |= {m for m in modules if not in_attention(m)}
         return (found if self.targets else set(modules)) - select(modules, self.skip)
 
+    def count(self, rows: int, columns: int) -> int | None:
+        """How many weights of a linear go, pruned ones of the source among them; None where the weights decide."""
+        if isinstance(self.amount, Pattern):
+            return rows * columns // self.amount.of * self.amount.pruned
+        if self.owl or self.variant or self.method == "sparsegpt":
+            return None
+        if self.method == "magnitude" and not self.per_row:
+            return int(rows * columns * self.amount)
+        return rows * int(columns * self.amount)
+
     @property
     def requested(self) -> str:
         """In words: "2 %", "2:4"."""

@@ -30,7 +30,8 @@ METHODS = {
 }
 KEYS = {
     "layout", "plan_hash", "source", "architecture", "recipe", "parameters", "source_bytes", "weight_bytes",
-        "bits_per_weight", "model_bits_per_weight", "disk_bytes", "passes_over_source", "calibration", "scratch_bytes",
+        "pruned", "bits_per_weight", "model_bits_per_weight", "disk_bytes", "passes_over_source",
+        "calibration", "scratch_bytes",
         "memory", "files", "tensors",
         "warnings"}  # fmt: skip
 
@@ -194,6 +195,14 @@ def test_config_and_index_are_enough(name: str, parameters: int, linears: int) -
     assert {u.name for u in job.units} == set(index["weight_map"])
     assert len(job.encoded) == linears
     assert job.memory.peak < 10**9
+
+
+def test_a_7b_pruned_to_two_percent() -> None:
+    """As many as Wanda takes, which would look at a text for it."""
+    job = make_plan(
+        str(config_of("mistral-7b-lily")), {"prune": {"method": "magnitude", "per_row": True, "sparsity": 0.02}}
+    )
+    assert job.to_prune == (138_346_496, 6_979_321_856)
 
 
 # --- the hash ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ def run(source: Path, out: Path, table: dict[str, Any]) -> dict[str, Any]:
     table = dict(table)
     plan = quantkit.plan(str(source), table)
     quantkit.prune(str(source), out, table)
+    zeros, total = plan.to_prune
     sizes = {f.name: f.nbytes for f in plan.files}
     assert {p.name: p.stat().st_size for p in out.iterdir()} == sizes
     found = quantkit.verify(out, source=str(source))
@@ -52,6 +56,9 @@ def run(source: Path, out: Path, table: dict[str, Any]) -> dict[str, Any]:
     assert found.pruned.tensors == len(plan.pruned)
     assert quantkit.verify(out).pruned == found.pruned
     loaded: dict[str, Any] = json.loads((out / "quantkit.json").read_text())
+    assert sum(row["weights"] for row in loaded["sparsity"]) == total
+    if zeros is not None:
+        assert sum(row["pruned"] for row in loaded["sparsity"]) == zeros
     return loaded
 
 
@@ -386,10 +393,6 @@ def test_the_command_on_the_card_makes_the_folder_again(tmp_path: Path, quantkit
 
 @pytest.fixture
 def quantkit_run() -> Any:
-    import shlex
-    import subprocess
-    import sys
-
     def run_line(line: str, folder: Path) -> None:
         words = shlex.split(line)
         done = subprocess.run([sys.executable, "-m", *words, "--quiet"], cwd=folder, capture_output=True, text=True)
@@ -415,12 +418,28 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     assert quantkit.inspect(str(tmp_path / "out")).recorded
 
 
-def test_the_7b_that_is_pruned_to_two_percent() -> None:
-    """138,346,496 zeros of the 6,979,321,856 weights in Mistral-7B's linears."""
-    columns = {4096: [4096, 1024, 1024, 4096, 14336, 14336], 14336: [4096]}  # rows of q, k, v, o, gate, up; down
-    zeros = 32 * sum(int(n * 0.02) * sum(rows) for n, rows in columns.items())
-    weights = 32 * sum(n * sum(rows) for n, rows in columns.items())
-    assert (zeros, weights) == (138_346_496, 6_979_321_856)
+LARGER = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(("prune", "quantize"), [
+    ({"sparsity": 0.5}, None), ({"method": "sparsegpt", "sparsity": 0.5}, None),
+    ({"sparsity": 0.5}, {"method": "bnb"}), ({"method": "magnitude", "sparsity": 0.5}, {"method": "bnb"}),
+    ({"method": "sparsegpt", "pattern": "2:4"}, {"method": "gptq"}),
+])  # fmt: skip
+def test_the_plan_keeps_its_memory(tmp_path: Path, prune: dict[str, Any], quantize: Any) -> None:
+    """Peak RSS of a run in a process of its own is below what the plan says."""
+    source = build(tmp_path / "source", **LARGER)
+    table = recipe(source, samples=16, length=128, quantize=quantize, **prune)
+    peak = quantkit.plan(str(source), table).memory.peak
+    code = (
+        "import sys, json, quantkit, pathlib; quantkit.prune(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]));"
+        "print(pathlib.Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(tmp_path / "out"), json.dumps(table)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert int(done.stdout.split()[-1]) * 1024 <= peak
 
 
 def test_a_value_that_is_not_finite(tmp_path: Path) -> None:
