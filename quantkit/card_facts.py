@@ -84,7 +84,7 @@ class CardFacts:
     quantized_by: str | None
     parent: ParentCard
     method_title: str
-    bits: int | None  # None: converted or pruned, not quantized
+    bits: float | None  # None: converted or pruned, not quantized
     tags: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
     source_bytes: int

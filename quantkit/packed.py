@@ -15,7 +15,8 @@ from quantkit.layouts import Checkpoint
 from quantkit.memory import SLAB
 from quantkit.methods.base import Array, Decoder, Method, WeightSpec
 
-_NUMPY = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I8": np.int8, "I32": np.int32, "I64": np.int64}
+_NUMPY = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I8": np.int8, "I16": np.int16,
+          "I32": np.int32, "I64": np.int64}  # fmt: skip
 # What a decoder may raise on companions made to mislead: JSON of another shape has many ways to be wrong.
 UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, IndexError)
 

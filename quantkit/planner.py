@@ -138,6 +138,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
     if recipe.quantize is not None:
         method = recipe.quantize.implementation
         compute = next(u.weight.dtype for u in units if u.quantized and u.weight is not None)
+        config |= method.reader_config(config)
         config["quantization_config"] = method.config(recipe.quantize.params, compute, chosen.selection)
         extra = method.extra_files(config["quantization_config"])
         target = replace(target, generated={**target.generated, **extra})

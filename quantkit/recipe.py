@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from quantkit.calibration.data import Calibration
 from quantkit.errors import RecipeError
 from quantkit.layouts.base import NativeOptions
-from quantkit.methods import METHODS
+from quantkit.methods import METHODS, find_method
 from quantkit.methods.base import Method, Parameters
 from quantkit.pruning import Prune
 
@@ -52,13 +52,15 @@ class Quantize(_Block):
     """`quantize:`, which method, and which modules it leaves alone. `params` holds the method's own keys."""
 
     method: str = "bnb"
-    bits: int = 4
+    bits: int | float = 4
     skip: tuple[str, ...] = ()
     params: Parameters
 
     @property
     def implementation(self) -> Method[Any]:
-        return METHODS[self.method, self.bits]
+        found = find_method(self.method, self.bits)
+        assert found is not None
+        return found
 
 
 class Convert(_Block):
@@ -313,6 +315,8 @@ def _method(block: Mapping[str, Any], fail: _Fail) -> tuple[Method[Any], dict[st
         near = _did_you_mean(method if isinstance(method, str) else "", names)
         raise fail(f"unknown method {reprlib.repr(method)}", ("quantize", "method"), near)
     widths = sorted(b for name, b in METHODS if name == method)
+    if (mixed := METHODS.get((method, 0))) is not None:
+        return mixed, {**block, "bits": float(bits) if type(bits) is int else bits}
     if type(bits) is not int or bits not in widths:
         choice = " or ".join(map(str, widths))
         raise fail(
@@ -327,7 +331,8 @@ def _quantize(method: Method[Any], block: dict[str, Any], fail: _Fail) -> Quanti
     params = method.params.model_validate(block)
     if not isinstance(skip, (list, tuple)):
         raise fail("skip is not a list of patterns", ("quantize", "skip"), "for example [lm_head, layers.0]")
-    return Quantize.model_validate({"method": method.name, "bits": method.bits, "skip": tuple(skip), "params": params})
+    bits = params.model_dump()["bits"] if method.mixed else method.bits
+    return Quantize.model_validate({"method": method.name, "bits": bits, "skip": tuple(skip), "params": params})
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -216,9 +216,12 @@ class _Check:
         """The configuration is what source and recipe make of it: a wrong number there gives fluent nonsense."""
         target = target_of(recipe, parent, tokenizer=False)
         found = read_json(self.folder / target.config_file)
-        for key in sorted({*found, *target.config} - {"quantization_config"}):
-            if found.get(key) != target.config.get(key):
-                what = f"{key} is {found.get(key)!r}, the source makes it {target.config.get(key)!r}"
+        wanted = dict(target.config)
+        if recipe.quantize is not None:
+            wanted |= recipe.quantize.implementation.reader_config(wanted)
+        for key in sorted({*found, *wanted} - {"quantization_config"}):
+            if found.get(key) != wanted.get(key):
+                what = f"{key} is {found.get(key)!r}, the source makes it {wanted.get(key)!r}"
                 self.problems.append(f"{target.config_file}: {what}")
 
     def _decode_all(

@@ -219,9 +219,10 @@ class Skeleton:
         out: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return out
 
-    def logits(self, weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:
+    def logits(self, weights: Weights, *, gradients: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function from what leaves the last layer [1, tokens, hidden] to logits float32 [tokens, vocabulary]: the
-        model itself with its layers taken out. The head's matrix is in memory, as it is stored."""
+        model itself with its layers taken out. The head's matrix is in memory, as it is stored. gradients: whether
+        autograd can go back through it."""
         head: Any = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
         place = next((p for p in self.outside if self._is_head(p)), None)
@@ -234,7 +235,7 @@ class Skeleton:
         )
         embedding.padding_idx = None
 
-        @torch.inference_mode()
+        @torch.inference_mode(not gradients)
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             real = list(self.layers)
             for i, layer in enumerate(real):

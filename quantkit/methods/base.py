@@ -137,7 +137,8 @@ class Method(Generic[P]):
     Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from the
     calibration.statistics.Statistics of linears that share their inputs, and masks (solvers.group). Of methods whose
     weights are codes: pack, these as the outputs; unpack, the inverse, which raises ValueError where outputs contradict
-    each other.
+    each other. reader_config: keys that its readers look for in config.json beside those that are there. mixed: linears
+    differ in bits; `bits` is one of the parameters, a number that need not be whole, and that of the method is 0.
     """
 
     name: str
@@ -158,8 +159,10 @@ class Method(Generic[P]):
     loader: Callable[[str, P], tuple[str, str]] | None = None
     streams: Callable[[P], tuple[str, ...]] = lambda _params: ()
     solve: Callable[[Any, P, Any], Iterator[tuple[str, Any]]] | None = None
-    pack: Callable[[Coded, WeightSpec, P], dict[str, Array]] | None = None
+    pack: Callable[[Any, WeightSpec, P], dict[str, Array]] | None = None
     unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
+    reader_config: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _config: {}
+    mixed: bool = False
 
 
 def apply(method: Method[P], weight: Array, spec: WeightSpec, params: P) -> tuple[dict[str, Array], Report]:

@@ -158,10 +158,11 @@ def _named(params: Grouped) -> str:
 def _solve(bits: int, found: Any, params: Gptq, masks: Any) -> Iterator[tuple[str, Any]]:
     from quantkit.solvers.gptq import Settings
     from quantkit.solvers.grids import Grid
-    from quantkit.solvers.group import solve_group
+    from quantkit.solvers.group import GptqSolver, settings_for, solve_group
 
     grid = Grid(bits, params.group_size or -1, params.sym)
-    return solve_group(found, Settings(grid, _order(params), params.damp), params.effort, masks)
+    settings = settings_for(Settings(grid, _order(params), params.damp), params.effort)
+    return solve_group(found, GptqSolver(settings), masks)
 
 
 def _order(params: Gptq) -> Literal["static", "group", "none"]:

@@ -22,7 +22,7 @@ from quantkit.solvers.coded import Coded
 
 WORD = 32  # readers take widths and heights in whole words
 GROUPS = (128, 64, 32)
-NUMPY = {"I32": np.int32, "I64": np.int64, "F16": np.float16}
+NUMPY = {"I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16}
 
 
 class Grouped(Parameters):

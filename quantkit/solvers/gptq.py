@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -64,11 +66,20 @@ class Report:
     dead: int
 
 
+class Restorable(Protocol):
+    """Codes of whatever kind (`Coded`, `Exl2Coded`)."""
+
+    def restore(self) -> npt.NDArray[np.float32]: ...
+
+
+C = TypeVar("C", bound=Restorable, covariant=True)
+
+
 @dataclass(frozen=True)
-class Solved:
+class Solved(Generic[C]):
     """A weight's codes, and how they came about."""
 
-    coded: Coded
+    coded: C
     report: Report
 
 
@@ -93,7 +104,7 @@ def solve(
     target: Tensor | None = None,
     keep: Tensor | None = None,
     factor: Factor | None = None,
-) -> Solved:
+) -> Solved[Coded]:
     """The codes of a linear layer.
 
     weight: [rows = out, columns = in] of any float type, finite. hessian: float32 [columns, columns], Σ x·xᵀ over
@@ -122,7 +133,7 @@ class _Rows:
 
 def _solve(
     weight: Tensor, hessian: Tensor, settings: Settings, target: Tensor, keep: Tensor | None, factor: Factor | None
-) -> Solved:
+) -> Solved[Coded]:
     grid = settings.grid
     order = processing_order(hessian, settings.order)
     factor = factorize(hessian, order, settings.damp) if factor is None else factor

@@ -75,7 +75,7 @@ def search_scales(
     order = group.long().argsort(stable=True)
     edges = torch.cat([order.new_zeros(1), group.long().bincount(minlength=grid.groups(columns)).cumsum(0)])
     weight = weight.contiguous() if bool((order[1:] > order[:-1]).all()) else weight[:, order]
-    weighing = _normalized(importance, group)[order]
+    weighing = normalized(importance, group)[order]
     tried, shifts = ratios(grid), torch.tensor(SHIFTS)
     scales = torch.empty((rows, edges.numel() - 1), device=weight.device)
     zeros = torch.empty_like(scales)
@@ -88,7 +88,7 @@ def search_scales(
     return scales.half(), zeros.to(torch.uint8)
 
 
-def _normalized(importance: Tensor | None, group: Tensor) -> Tensor:
+def normalized(importance: Tensor | None, group: Tensor) -> Tensor:
     """float32 [columns], the largest of each group 1: sums of squares stay within float32."""
     if importance is None:
         return torch.ones(group.shape, device=group.device)

@@ -9,12 +9,13 @@ way, the corrections of one layer after the other feed on each other, and the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from quantkit.solvers.gptq import Report, Settings, Solved, factor_for, solve, step_toward
+from quantkit.solvers.factor import Factor
+from quantkit.solvers.gptq import Report, Restorable, Settings, Solved, factor_for, solve, step_toward
 from quantkit.solvers.grids import rtn
 from quantkit.torch_setup import give_back_beside
 
@@ -31,6 +32,51 @@ def settings_for(settings: Settings, effort: Effort) -> Settings:
     if effort == "high":
         return replace(settings, passes=2, refits=4)
     return settings
+
+
+class Solver(Protocol):
+    """A kind of codes, and for each linear the grid they are on. factor: of a Hessian, for all linears with these
+    inputs. nearest: without one."""
+
+    def factor(self, hessian: Tensor) -> Factor | None: ...
+
+    def solve(
+        self,
+        name: str,
+        weight: Tensor,
+        hessian: Tensor,
+        *,
+        target: Tensor | None,
+        keep: Tensor | None,
+        factor: Factor | None,
+    ) -> Solved[Restorable]: ...
+
+    def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Restorable: ...
+
+
+@dataclass(frozen=True)
+class GptqSolver:
+    """Codes of GPTQ's kind, on one grid for all linears."""
+
+    settings: Settings
+
+    def factor(self, hessian: Tensor) -> Factor | None:
+        return factor_for(hessian, self.settings)
+
+    def solve(
+        self,
+        name: str,
+        weight: Tensor,
+        hessian: Tensor,
+        *,
+        target: Tensor | None,
+        keep: Tensor | None,
+        factor: Factor | None,
+    ) -> Solved[Restorable]:
+        return solve(weight, hessian, self.settings, target=target, keep=keep, factor=factor)
+
+    def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Restorable:
+        return rtn(weight, self.settings.grid)
 
 
 class Statistics(Protocol):
@@ -64,24 +110,23 @@ def aim(found: Statistics) -> dict[str, Tensor]:
 
 
 def solve_group(
-    found: Statistics, settings: Settings, effort: Effort, masks: Masks | None = None
-) -> Iterator[tuple[str, Solved]]:
+    found: Statistics, solver: Solver, masks: Masks | None = None
+) -> Iterator[tuple[str, Solved[Restorable]]]:
     """(name, Solved) of each of the weights [out, in] of linears that share their inputs. Without a cross a
     linear is aimed at its own weight. masks: bool [out, in], false where a weight is pruned, from what is aimed at."""
     weights = found.weights
-    settings = settings_for(settings, effort)
     targets = aim(found)
     keep = {} if masks is None else dict(masks(targets))
     if found.tokens < FEWEST_TOKENS:
         for name, weight in weights.items():
             pruned = weight if name not in keep else weight.masked_fill(~keep[name], 0)
-            yield name, Solved(rtn(pruned, settings.grid), Report(None, None, 0.0, True, False, 0))
+            yield name, Solved(solver.nearest(name, pruned, found.hessian), Report(None, None, 0.0, True, False, 0))
         return
-    factor = factor_for(found.hessian, settings)
+    factor = solver.factor(found.hessian)
     last = [*weights][-1]
     for name, weight in weights.items():
         target, kept = targets.pop(name, None), keep.pop(name, None)
-        solved = solve(weight, found.hessian, settings, target=target, keep=kept, factor=factor)
+        solved = solver.solve(name, weight, found.hessian, target=target, keep=kept, factor=factor)
         if name == last:
             factor = None  # as large as the Hessian: not to be held while the last weight is packed
         yield name, solved

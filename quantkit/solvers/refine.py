@@ -6,6 +6,7 @@ ridge is the damping that the columns were solved with: without it they fit what
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -70,8 +71,20 @@ def _block_torch(
         gradient.addmm_(move[:, None], curvature[k : k + 1], alpha=-1)
 
 
-def refit(target: Tensor, hessian: Tensor, projection: Projection, codes: Tensor, ridge: float = 0.0) -> Projection:
-    """The projection with better scales for the codes it has: float16 numbers, a row's taken where its loss falls.
+def _half(_: int, wanted: Tensor) -> Tensor:
+    return wanted.clamp(-LARGEST, LARGEST).half().float()
+
+
+def refit(
+    target: Tensor,
+    hessian: Tensor,
+    projection: Projection,
+    codes: Tensor,
+    ridge: float = 0.0,
+    onto: Callable[[int, Tensor], Tensor] = _half,
+) -> Projection:
+    """The projection with better scales for the codes it has, a row's taken where its loss falls. onto: of a group, by
+    number, the scales nearest to those wanted that can be written, float16 numbers by default.
 
     Group after group, each the best given all others and rounded before the next, which so makes up for the rounding.
     All groups of a row at once are a system of equations; a sweep comes within a thousandth of what its solution gains
@@ -87,7 +100,7 @@ def refit(target: Tensor, hessian: Tensor, projection: Projection, codes: Tensor
         slope = row_products(_damped(errors, across, errors[:, columns], ridge), levels)
         bend = row_products(_damped(levels, across[columns], levels, ridge), levels)
         step = torch.where(bend > 0, slope / bend, torch.zeros_like(bend))
-        better = (scales[:, group].double() + step).clamp(-LARGEST, LARGEST).half().float()
+        better = onto(group, scales[:, group].double() + step)
         move = (better - scales[:, group]).double()
         wins = (2 * move * slope > (1 + float(MARGIN)) * move.square() * bend) & (better != 0)
         move = torch.where(wins, move, torch.zeros_like(move)).float()

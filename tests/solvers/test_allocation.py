@@ -62,9 +62,7 @@ def like_a_model(linears: int, seed: int) -> tuple[dict[str, list[Option]], int]
         numel = int(rng.choice([576 * 576, 192 * 576, 1536 * 576]))
         sensitivity = math.exp(rng.normal(0, 1.5))
         bits = [2.2, 2.3, 2.5, 3.1, 3.3, 4.04, 4.1, 4.25, 5.1, 5.2, 6.04, 6.2, 8.04]
-        items[f"{i:03}"] = [
-            Option(int(b * numel), sensitivity * numel * 4.0**-b * rng.uniform(0.8, 1.2)) for b in bits
-        ]
+        items[f"{i:03}"] = [Option(int(b * numel), sensitivity * numel * 4.0**-b * rng.uniform(0.8, 1.2)) for b in bits]
         weights += numel
     return items, 4 * weights
 
@@ -73,7 +71,7 @@ def anneal(items: dict[str, list[Option]], budget: int, seed: int) -> float:
     """As exllamav2 does it, with fewer temperatures: random moves, accepted by their gain; then whatever still fits."""
     rng = np.random.default_rng(seed)
     names = list(items)
-    chosen = {name: 0 for name in names}
+    chosen = dict.fromkeys(names, 0)
     cost = sum(items[n][0].cost for n in names)
     temperature = 2.0
     scale = sum(items[n][0].loss for n in names)

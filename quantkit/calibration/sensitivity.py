@@ -1,0 +1,147 @@
+"""How much it matters what a linear gives: the square of the gradient of the model's own loss by each of its outputs.
+
+A model predicts p; let y be drawn from p, and g the gradient of −log p(y) by what a linear gives for a token. A small
+change d of that moves the model's distribution by KL ≈ ½·E[(g·d)²] (the Fisher information, as of LeCun et al. 1990 and
+Amari 1998). So Σ g² over the tokens, for each output, weighs the errors of weights in nats.
+
+The text goes forward once, every layer's input kept on disk, and back once, a layer in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.rows import Linears, apply_linear
+from quantkit.calibration.skeleton import Call, Skeleton, Weights
+from quantkit.calibration.stream import Linear, hidden_width
+
+SEED = 20240229  # of the tokens that are drawn
+
+
+class Sensitivity:
+    """Goes through a model forward and back over token ids [rows, length]. linears: by layer and name, as in
+    `calibration.stream`. scratch: a folder for hidden states, which the caller removes."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        weights: Weights,
+        ids: torch.Tensor,
+        linears: Sequence[Mapping[str, Linear]],
+        scratch: Path,
+        compute: torch.dtype,
+    ) -> None:
+        self.skeleton, self.weights, self.ids, self.linears = skeleton, weights, ids, linears
+        self.scratch, self.compute = scratch, compute
+
+    def run(self, done: Callable[[int], None] = lambda _: None) -> dict[str, torch.Tensor]:
+        """float64 [out] for each linear, by name: Σ g² over all tokens. done: told of each layer, both ways."""
+        rows, length = self.ids.shape
+        width, count = hidden_width(self.skeleton), len(self.skeleton.layers)
+        found: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+
+            def states(name: str) -> HiddenStates:
+                file = HiddenStates(self.scratch / name, rows, length, width)
+                stack.callback(file.remove)
+                return file
+
+            before = [states(f"before-{index}") for index in range(count + 1)]
+            with self.skeleton.embedded(self.weights, self.ids) as (hidden, calls):
+                for row, x in enumerate(hidden):
+                    before[0].write(row, x)
+                calls = [_ordinary(call) for call in calls]
+            for index in range(count):
+                with self._loaded(index):
+                    for row in range(rows):
+                        x = self.skeleton.run(index, before[index].read(row, self.skeleton.device), calls[index])
+                        before[index + 1].write(row, x.detach())
+                done(index)
+            gradients = states("gradients")
+            self._from_logits(before[-1], gradients)
+            for index in reversed(range(count)):
+                with self._loaded(index) as linears:
+                    found |= self._back(index, calls[index], linears, before[index], gradients)
+                before[index].remove()
+                done(index)
+        return found
+
+    def _from_logits(self, states: HiddenStates, gradients: HiddenStates) -> None:
+        """The gradients by what leaves the last layer, of a token drawn at every place."""
+        generator = torch.Generator().manual_seed(SEED)
+        logits = self.skeleton.logits(self.weights, gradients=True)
+        if True:
+            for row in range(states.shape[0]):
+                x = states.read(row, self.skeleton.device).requires_grad_()
+                scores = logits(x)
+                uniform = torch.rand(len(scores), 1, generator=generator, dtype=torch.float64).to(scores.device)
+                with torch.no_grad():
+                    sums = scores.softmax(1).cumsum(1)
+                    drawn = torch.searchsorted(sums, (uniform * sums[:, -1:]).to(sums.dtype)).clamp(max=sums.shape[1] - 1)
+                    del sums
+                torch.nn.functional.cross_entropy(scores, drawn[:, 0], reduction="sum").backward()  # type: ignore[no-untyped-call]
+                assert x.grad is not None
+                gradients.write(row, x.grad)
+
+    def _back(
+        self, index: int, call: Call, linears: Linears, before: HiddenStates, gradients: HiddenStates
+    ) -> dict[str, torch.Tensor]:
+        sums: dict[str, torch.Tensor] = {}
+        answer = linears.answer
+
+        def noted(name: str, x: torch.Tensor) -> torch.Tensor:
+            y = answer(name, x)
+
+            def add(g: torch.Tensor) -> None:
+                part = g.reshape(-1, g.shape[-1]).double().square().sum(0)
+                sums[name] = sums[name] + part if name in sums else part
+
+            y.register_hook(add)  # type: ignore[no-untyped-call]
+            return y
+
+        linears.answer = noted
+        for row in range(before.shape[0]):
+            x = before.read(row, self.skeleton.device).requires_grad_()
+            self.skeleton.run(index, x, call).backward(gradients.read(row, self.skeleton.device))  # type: ignore[no-untyped-call]
+            assert x.grad is not None
+            gradients.write(row, x.grad)
+        return sums
+
+    @contextmanager
+    def _loaded(self, index: int) -> Iterator[Linears]:
+        """The layer's parameters in memory, linears in the dtype that they compute in."""
+        skeleton, wanted = self.skeleton, self.linears[index]
+        places = {linear.place for linear in wanted.values()}
+        others = [p for p in skeleton.inside[index] if p not in places]
+        skeleton.fill(others, self.weights)
+        ready: dict[str, torch.Tensor] = {}
+        for name, linear in wanted.items():
+            value = self.weights.read(linear.place.name).to(skeleton.device, self.compute)
+            ready[name] = value.T.contiguous() if linear.transposed else value
+        modules = {name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()}
+        linears = Linears(skeleton.layers[index], modules)
+        linears.answer = lambda name, x: apply_linear(x, ready[name])
+        try:
+            yield linears
+        finally:
+            linears.release()
+            skeleton.clear(others)
+
+
+def _ordinary(call: Call) -> Call:
+    """The same with tensors that autograd may keep: those made in inference mode it may not."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.clone()
+        if isinstance(value, tuple):
+            return tuple(map(copied, value))
+        return value
+
+    return Call(copied(call.args), {key: copied(value) for key, value in call.kwargs.items()})

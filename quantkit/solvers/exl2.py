@@ -1,0 +1,220 @@
+"""EXL2 weights solved: GPTQ's loop over groups of other widths, on scales that are 4-bit parts of a group's maximum.
+
+What differs from solvers.gptq is the grid. A group is of some inputs and all outputs, so that its maximum is chosen for
+all rows at once; and a scale can be refitted only to one of the sixteen that its maximum allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.kernels.exl2_scales import LEVELS, choose, losses
+from quantkit.solvers.columns import solve_columns
+from quantkit.solvers.exl2_coded import Exl2Coded, Groups, real_scales
+from quantkit.solvers.factor import Factor, factorize
+from quantkit.solvers.gptq import Report, Solved
+from quantkit.solvers.grids import normalized
+from quantkit.solvers.projection import Projection, arrays, residual, round_all
+from quantkit.solvers.quadratic import row_losses, total
+from quantkit.solvers.refine import descend, refit
+from quantkit.solvers.threads import in_threads, parts
+
+TRIED = 25  # scales for each row of a group
+MAXIMA = np.geomspace(1.12, 0.4, 24)  # of what the row with the largest weights would take for itself
+SMALLEST = {2: 0.3, 3: 0.4, 4: 0.5, 5: 0.65, 6: 0.75, 8: 0.9}  # parts of a row's range that are worth covering
+LEAST, MOST = 6e-5, 65504.0  # maxima: a 256th of a smaller one is hardly a number of fp16 any more
+
+
+@dataclass(frozen=True)
+class Work:
+    """How often scales are refitted, and how often every code is visited after that, or at all."""
+
+    refits: int = 2
+    passes: int = 1
+
+
+def positions(order: Tensor) -> Tensor:
+    """int64: at which place of the stream each column is, of the columns in the order of the stream."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """codes uint8 [rows, groups], maxima fp16 [groups], and what they stand for, float32 [rows, groups]. levels:
+    float32 [groups, 16], the scales that each maximum allows."""
+
+    codes: Tensor
+    maxima: Tensor
+    real: Tensor
+    levels: Tensor
+
+    @staticmethod
+    def of(codes: Tensor, maxima: Tensor) -> _Scales:
+        every = np.arange(LEVELS, dtype=np.uint8)[:, None].repeat(len(maxima), 1)
+        levels = torch.from_numpy(real_scales(every, maxima.numpy()).T.copy())
+        real = levels.gather(1, codes.T.long()).T.contiguous()
+        return _Scales(codes, maxima, real, levels)
+
+    def snap(self, group: int, wanted: Tensor) -> Tensor:
+        """The nearest allowed scale, float32 like `wanted` [rows]."""
+        return self.levels[group][nearest_level(self.levels[group], wanted)]
+
+
+def nearest_level(levels: Tensor, wanted: Tensor) -> Tensor:
+    """int64 [rows]: of rising levels, the one nearest to each number wanted."""
+    middles = ((levels[1:].double() + levels[:-1].double()) / 2).contiguous()
+    return torch.searchsorted(middles, wanted.double().contiguous())
+
+
+def search(weight: Tensor, groups: Groups, group: Tensor, importance: Tensor | None) -> _Scales:
+    """Scales for float32 [rows, columns], by column the group, on which rounding to nearest loses least, columns
+    weighed by `importance` float32 [columns]."""
+    weighing = normalized(importance, group)
+    codes = torch.empty((weight.shape[0], len(groups.bits)), dtype=torch.uint8)
+    maxima = torch.empty(len(groups.bits), dtype=torch.float16)
+
+    def one(number: int) -> None:
+        columns = (group == number).nonzero().flatten()
+        own = weight[:, columns].contiguous()
+        bits = groups.bits[number]
+        high = np.float32(2 ** (bits - 1) - 1)
+        most = (high + 1) / (high + 0.5) if bits < 8 else 1.0
+        ratios = np.linspace(most, SMALLEST[bits], TRIED, dtype=np.float32)
+        table, base = np.empty((len(own), TRIED), np.float32), np.empty(len(own), np.float32)
+        losses(*arrays(own, weighing[columns]), -high - 1, high, ratios, base, table)
+        tried = np.clip(MAXIMA * base.max() * most, LEAST, MOST).astype(np.float16)
+        units = (tried.astype(np.float32) / 256).astype(np.float16).astype(np.float32)
+        chosen, code = np.zeros(1, np.int64), np.empty(len(own), np.uint8)
+        choose(table, ratios, base, units, chosen, code)
+        maxima[number] = float(tried[chosen[0]])
+        codes[:, number] = torch.from_numpy(code)
+
+    in_threads(one, range(len(groups.bits)), weight.device)
+    return _Scales.of(codes, maxima)
+
+
+def nearest(weight: Tensor, groups: Groups, position: Tensor) -> Exl2Coded:
+    """Every weight rounded for itself. weight: [rows, columns] of any float type; position: int64 [columns]."""
+    group = _group(groups, position)
+    scales = search(weight.float(), groups, group, None)
+    codes = round_all(weight.float(), _projection(groups, group, scales, None))
+    return _coded(groups, codes, scales, position)
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    groups: Groups,
+    factor: Factor | None,
+    *,
+    target: Tensor | None = None,
+    keep: Tensor | None = None,
+    work: Work = Work(),
+    damp: float = 0.03,
+) -> Solved[Exl2Coded]:
+    """The codes of a linear layer; see `solvers.gptq.solve`. factor: of the Hessian's columns by falling diagonal,
+    which is the order of the stream, too; None: a fallback, rounding to nearest."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    position, device = positions(order), torch.device("cpu")
+    group = _group(groups, position)
+    aim = (weight if target is None else target).detach()
+    importance = None if factor is None else hessian.diagonal() / factor.scale + damp
+    masked = aim.float() if keep is None else aim.float() * keep
+    scales = search(masked, groups, group, importance)
+    del masked
+    projection = _projection(groups, group, scales, keep)
+    rows, columns = weight.shape
+    codes = torch.empty((rows, columns), dtype=torch.uint8)
+    real = torch.empty_like(scales.real)
+    lost, nearest_lost, sizes = torch.zeros((3, rows), dtype=torch.float64)
+    unit = 1.0 if factor is None else factor.scale
+
+    def some(part: slice, factor: Factor | None) -> None:
+        own, wanted = projection.rows(part), aim[part].float()
+        found = round_all(wanted, own)
+        sizes[part] = row_losses(weight[part].float(), hessian, unit)
+        nearest_lost[part] = row_losses(residual(wanted, found, own), hessian, unit)
+        if factor is not None:
+            found = solve_columns(wanted, factor, own)
+            ridge = factor.damp * factor.scale
+            for _ in range(max(work.refits, 1)):
+                if work.refits:
+                    own = refit(wanted, hessian, own, found, ridge, onto=scales.snap)
+                for _ in range(work.passes):
+                    descend(wanted, hessian, own, found, ridge)
+            lost[part] = row_losses(residual(wanted, found, own), hessian, unit)
+        codes[part], real[part] = found, own.scales
+
+    every = parts(rows, device, columns)
+    in_threads(partial(some, factor=factor), every, device)
+    size, loss, rtn_loss = total(sizes), total(lost), total(nearest_lost)
+    ours = factor is not None and loss < rtn_loss
+    if factor is not None and not ours:
+        in_threads(partial(some, factor=None), every, device)
+    by_group = [nearest_level(scales.levels[g], real[:, g]) for g in range(real.shape[1])]
+    final = _Scales.of(torch.stack(by_group, 1).to(torch.uint8), scales.maxima)
+    norm, known = size if size > 0 else 1.0, size < float("inf")
+    report = Report(
+        loss=(loss if ours else rtn_loss) / norm if known else None,
+        rtn_loss=rtn_loss / norm if known else None,
+        damp=0.0 if factor is None else factor.damp,
+        fallback=factor is None,
+        kept_rtn=factor is not None and not ours,
+        dead=int((hessian.diagonal() == 0).sum()),
+    )
+    return Solved(_coded(groups, codes, final, position), report)
+
+
+def _group(groups: Groups, position: Tensor) -> Tensor:
+    """int32 [columns]"""
+    of_place = torch.arange(len(groups.rows)).repeat_interleave(torch.tensor(groups.rows))
+    return of_place[position].to(torch.int32)
+
+
+def _projection(groups: Groups, group: Tensor, scales: _Scales, keep: Tensor | None) -> Projection:
+    middles = torch.tensor([2.0 ** (b - 1) for b in groups.bits])
+    zeros = middles.expand(len(scales.real), -1).contiguous()
+    return Projection(scales.real, zeros, group, (2 * middles - 1)[group.long()].contiguous(), keep)
+
+
+def _coded(groups: Groups, codes: Tensor, scales: _Scales, position: Tensor) -> Exl2Coded:
+    place = position.to(torch.int32).numpy()
+    return Exl2Coded(groups, codes.numpy(), scales.codes.numpy(), scales.maxima.numpy(), place)
+
+
+@dataclass(frozen=True)
+class Exl2Solver:
+    """solvers.group.Solver of EXL2's codes. groups: by linear."""
+
+    groups: Mapping[str, Groups]
+    work: Work
+    damp: float
+
+    def factor(self, hessian: Tensor) -> Factor | None:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        with torch.no_grad():
+            return factorize(hessian, order, self.damp)
+
+    def solve(
+        self,
+        name: str,
+        weight: Tensor,
+        hessian: Tensor,
+        *,
+        target: Tensor | None,
+        keep: Tensor | None,
+        factor: Factor | None,
+    ) -> Solved[Exl2Coded]:
+        groups = self.groups[name]
+        with torch.no_grad():
+            return solve(weight, hessian, groups, factor, target=target, keep=keep, work=self.work, damp=self.damp)
+
+    def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Exl2Coded:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        return nearest(weight, self.groups[name], positions(order))
