@@ -73,9 +73,9 @@ def convert(
 ) -> Outcome:
     """Writes `source` into the folder `out` in another layout; more keys of the `convert` block go into `recipe`."""
     table = dict(recipe or {})
-    if table.get("convert", {}).get("to", to) != to:
+    if (table.get("convert") or {}).get("to", to) != to:
         raise UsageError(f"the recipe converts to {table['convert']['to']!r}, the call to {to!r}", hint="leave one out")
-    table["convert"] = {**table.get("convert", {}), "to": to}
+    table["convert"] = {**(table.get("convert") or {}), "to": to}
     return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
 
 
@@ -91,7 +91,7 @@ def prune(
     """Prunes `source` into the folder `out`: `prune(src, out, sparsity=0.5)`. Keyword arguments are keys of the
     recipe's `prune` block; see `quantkit.runner.execute` for what is raised."""
     table = dict(recipe or {})
-    table["prune"] = {**table.get("prune", {}), **prune}
+    table["prune"] = {**(table.get("prune") or {}), **prune}
     return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
 
 

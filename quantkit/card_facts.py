@@ -114,4 +114,5 @@ class CardFacts:
     context: int | None = None  # longest sequence in tokens
     calibration: Mapping[str, Any] | None = None  # as in the manifest
     pruning: Pruning | None = None
+    solved: bool = True  # whether a calibrated method looked at what its errors do to outputs
     old_reference: bool = False  # for the reference program of 2023

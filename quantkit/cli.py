@@ -398,7 +398,7 @@ def _job_rows(job: Plan) -> list[tuple[str, str]]:
         rows.append(("pruned", f"{len(job.pruned):,} linear layers of {job.architecture}, {prune.requested}"))
         zeros, weights = job.to_prune
         if zeros is not None:
-            rows.append(("zeros", f"{zeros:,} of {weights:,} weights, {zeros / weights:.3%}"))
+            rows.append(("pruned", f"{zeros:,} of {weights:,} weights, {zeros / weights:.3%}"))
     if job.bits_per_weight is None and rows:
         return rows
     if job.bits_per_weight is None:

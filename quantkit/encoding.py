@@ -50,14 +50,12 @@ class Encoding:
         quantize = self.recipe.quantize
         solved = [n for n in found.weights if self.units[n].quantized and quantize and quantize.implementation.solve]
         rest = [name for name in found.weights if name not in solved]
-        if solved:
-            part = found.only(solved)
-            yield from self._solved(part)
-            if not rest:
-                return
-            found = found.only(rest)
-            found.hessian, found.tokens, found.held_out = part.hessian, part.tokens, lambda: iter(())
         targets = aim(found)
+        if solved:
+            yield from self._solved(found.only(solved), {n: targets.pop(n) for n in solved if n in targets})
+        if not rest:
+            return
+        found = found.only(rest)
         pruned: dict[str, Pruned] = {}
         if self.recipe.prune is not None:
             pruned = dict(prune_group(self.recipe.prune, found, self._amounts(rest), targets))
@@ -68,7 +66,7 @@ class Encoding:
             known = None if how is not None and how.fallback else _loss(weight, made.weight, found.hessian)
             yield self.units[name], _with(made, output_error=known)
 
-    def _solved(self, found: Statistics) -> Iterator[tuple[Unit, Made]]:
+    def _solved(self, found: Statistics, targets: dict[str, Tensor]) -> Iterator[tuple[Unit, Made]]:
         quantize, prune = self.recipe.quantize, self.recipe.prune
         assert quantize is not None
         method, params = quantize.implementation, quantize.params
@@ -84,7 +82,7 @@ class Encoding:
             gone.update((name, keep.numel() - int(keep.sum())) for name, keep in chosen.items())
             return chosen
 
-        for name, solved in method.solve(found, params, masks if amounts else None):
+        for name, solved in method.solve(found, params, targets, masks if amounts else None):
             unit = self.units[name]
             assert unit.weight is not None
             tensors = method.pack(solved.coded, unit.weight, params)

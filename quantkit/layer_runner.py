@@ -144,16 +144,18 @@ class LayerRun:
         from quantkit.solvers.masks import by_outliers, outlier_part
 
         outliers: list[float] = []
+        sizes: list[int] = []
 
         def look(found: Mapping[str, Norms]) -> None:
             chosen = [(norms.weight, norms.squares) for name, norms in found.items() if self.units[name].pruned]
             outliers.append(outlier_part(chosen, prune.outlier) if chosen else 0.0)
+            sizes.append(sum(weight.numel() for weight, _ in chosen))
 
         stream.begin()
         for index in range(layers):
             stream.survey(index, look)
         assert prune.sparsity is not None
-        found = by_outliers(outliers, prune.sparsity, prune.range)
+        found = by_outliers(outliers, sizes, prune.sparsity, prune.range)
         self.committer.note({"sparsities": found})
         return LayersDone(sparsities=tuple(found))
 

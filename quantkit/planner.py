@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,9 +52,10 @@ QUANTIZED_MARKS = (".qweight", ".qzeros", ".weight.absmax", ".SCB", ".weight_sca
 # Where config.json says how long a text may be.
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _SINGLE_ROW = (
-    "with a single calibration row none is left to judge a step toward the full-precision model by: it is as with "
-    "--effort low",
+    "with a single calibration row none is left to judge a step toward the full-precision model by: nothing is aimed "
+    "at it",
 )
+UNKNOWN_PART = 0.05  # of the weights of all matrices in the decoder layers
 PRUNED_TOGETHER = 128  # columns; solvers.sparsegpt has the same number, beside torch, which no plan loads
 # Bytes for each weight of a linear that is pruned or encoded whole: its mask, what it becomes, its bits turned, what it
 # is encoded to and decoded from; and while SparseGPT moves weights, four copies of it in float32.
@@ -149,6 +151,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
         *(tokens.doubts if tokens is not None else ()),
         *(_SINGLE_ROW if tokens is not None and len(tokens.ids) == 1 and "full" in _streams(recipe, tokens) else ()),
         *_misfits(checkpoint, tensors, chosen),
+        *_unknown(tensors, chosen),
         *_warnings(units, recipe, chosen, target, len(shards)),
     ]
     identity = digest(
@@ -275,7 +278,7 @@ def _to_prune(
                 raise UsageError(
                     f"{linear.module} has {columns:,} inputs, which groups of {amount.of} do not divide",
                     where=f"{checkpoint.folder}/{by_name[name].file}",
-                    hint=f"take another --pattern, or leave it alone with --skip {linear.kind}",
+                    hint=f"take another --pattern, or leave it alone with --skip {linear.kind.rpartition('.')[2]}",
                 )
         if prune.method == "sparsegpt" and PRUNED_TOGETHER % amount.of:
             raise UsageError(
@@ -498,7 +501,7 @@ def _copies(unit: Unit, *, checked: bool) -> float:
     arranged = (unit.source.head_dim > 0) + (len(unit.source.parts) > 1) + unit.source.turned
     arranged += 2 * (unit.source.scales is not None)
     if unit.pruned:  # the mask, the pruned weight, what it encodes to and is decoded from
-        return 6 + arranged
+        return (10 if unit.quantized else 6) + arranged
     if unit.linear is not None:  # what it encodes to: at most half of it (int8 from 16 bits)
         return 0.5 + unit.linear.transposed + arranged
     written = unit.head_dim > 0
@@ -527,6 +530,20 @@ def _misfits(checkpoint: Checkpoint, tensors: Sequence[SourceTensor], chosen: _C
     if odd:
         found.append(f"{odd[0]} is there in {kinds[odd[0]]} of {layers} layers: the checkpoint is incomplete")
     return [f"the weights do not fit config.json: {what}" for what in found[:3]]
+
+
+def _unknown(tensors: Sequence[SourceTensor], chosen: _Chosen) -> list[str]:
+    """Whether much of the decoder layers is in matrices that are not known to be linears, such as stacked experts."""
+    layers = {x.module.partition(f".{x.layer}.")[0] for x in chosen.all if x.layer >= 0}
+    known = {f"{x.module}.weight" for x in chosen.all}
+    inside = [t for t in tensors if any(re.match(re.escape(p) + r"\.\d+\.", t.name) for p in layers)]
+    inside = [t for t in inside if len(t.shape) > 1 and t.dtype in FLOATS]
+    others = sorted((t for t in inside if t.name not in known), key=lambda t: -t.numel)
+    weights, left = sum(t.numel for t in inside), sum(t.numel for t in others)
+    if left <= UNKNOWN_PART * weights:
+        return []
+    what = f"{len(others):,} tensors of the decoder layers, such as {quote(others[0].name)}"
+    return [f"{what}, with {left / weights:.0%} of their weights, are not known here as linears: they stay as they are"]
 
 
 def _warnings(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Target, shards: int) -> list[str]:

@@ -178,7 +178,7 @@ class Plan:
             "source_bytes": self.source_bytes,
             "weight_bytes": self.weight_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "pruned": None if self.recipe.prune is None else dict(zip(("zeros", "of"), self.to_prune, strict=True)),
+            "pruned": None if self.recipe.prune is None else dict(zip(("weights", "of"), self.to_prune, strict=True)),
             "model_bits_per_weight": self.model_bits_per_weight,
             "disk_bytes": self.disk,
             "passes_over_source": self.passes,

@@ -29,7 +29,10 @@ class Pruned:
 
     def of(self, weight: Tensor) -> Tensor:
         """The pruned weight, in the dtype of the weight that is given."""
-        value = weight if self.weight is None else self.weight.to(weight.dtype)
+        value = weight
+        if self.weight is not None:
+            most = torch.finfo(weight.dtype).max  # of fp16, what made up for others may be beyond it
+            value = self.weight.clamp(-most, most).to(weight.dtype)
         return value.masked_fill(~self.keep, 0)
 
 

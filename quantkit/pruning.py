@@ -30,7 +30,7 @@ class Prune(BaseModel):
     targets: attention, mlp or patterns of module names; nothing: all linears of the decoder layers. skip: patterns.
     variant: Wanda's, in which rows differ. per_row: magnitude compared within rows. damp: of SparseGPT, added to the
     Hessian in units of its mean diagonal. owl: layers with more outliers keep more (Yin et al. 2023); a weight is one
-    whose score is owl_outlier times the mean of its layer, and layers differ by owl_range up and down at the most.
+    whose score is owl_outlier times the mean of its layer, and layers differ by 2 · owl_range at the most.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -20,6 +20,7 @@ from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
 from quantkit.card_facts import Pruning, SparsityRow
 from quantkit.errors import RunError
 from quantkit.layouts import Checkpoint, Target
+from quantkit.methods import find_method
 from quantkit.methods.base import Report, Selection
 from quantkit.parent_card import ParentCard, read_parent_card
 from quantkit.plans import CARD, MANIFEST, Plan, PlannedFile, Unit
@@ -67,7 +68,7 @@ def draft_manifest(
     parent = read_parent_card(checkpoint.parent_card)
     kept: dict[str, int] = defaultdict(int)
     for unit in plan.units:
-        if unit.linear is None:
+        if not unit.quantized if plan.recipe.quantize is not None else unit.linear is None:
             kept[_kind(unit.name)] += unit.source.nbytes
     table: dict[str, Any] = {
         "format": FORMAT,
@@ -163,7 +164,7 @@ def _prune_settings(prune: Prune) -> list[list[str]]:
         ["Scope", prune.scope],
     ]
     if prune.owl:
-        differ = f"up to {100 * prune.range:g} points more or less, by their outliers (over {prune.outlier:g} means)"
+        differ = f"by {200 * prune.range:g} points at the most, by their outliers (over {prune.outlier:g} means)"
         rows.append(["Layers differ", differ])
     return rows
 
@@ -322,6 +323,7 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
         error_note=ERROR_NOTE if method["sampled"] else "",
         calibration=manifest.get("calibration"),
         pruning=_pruning(manifest),
+        solved=_solved(manifest["recipe"]),
         nonfinite=(("pruned tensors" if method["bits"] is None else "quantized tensors", manifest["nonfinite"]),)
         if "nonfinite" in manifest
         else (),
@@ -337,6 +339,13 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
         plan_hash=manifest["plan_hash"],
     )
     return render_card(facts)
+
+
+def _solved(recipe: Mapping[str, Any]) -> bool:
+    """Whether something was done about the errors of outputs, so that they were measured."""
+    quantize = recipe.get("quantize")
+    method = find_method(quantize["method"], quantize["bits"]) if quantize else None
+    return (method is not None and method.needs == "hessian") or recipe.get("prune", {}).get("method") == "sparsegpt"
 
 
 def _pruning(manifest: Mapping[str, Any]) -> Pruning | None:

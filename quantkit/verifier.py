@@ -268,6 +268,13 @@ class _Check:
         self.pruned = (self.pruned or Zeros(0, 0, 0)).plus(count)
         kind = ".".join(part for part in row.name.removesuffix(".weight").split(".") if not part.isdigit())
         self.sparsity[kind] = self.sparsity.get(kind, Zeros(0, 0, 0)).plus(count)
+        asked = self.prune.count(row.weight.rows, row.weight.columns) if self.prune is not None else None
+        if asked is not None and asked != row.masked:
+            what = f"the manifest says {row.masked:,} weights were pruned, its recipe makes it {asked:,}"
+            self.problems.append(f"tensor {row.name!r}: {what}")
+        if count.zeros < row.masked:
+            what = f"{count.zeros:,} weights are zero, fewer than the {row.masked:,} that the manifest says were pruned"
+            self.problems.append(f"tensor {row.name!r}: {what}")
         if count.zeros != row.zeros:
             what = f"{count.zeros:,} weights are zero, the manifest says {row.zeros:,}"
             self.problems.append(f"tensor {row.name!r}: {what}")
@@ -344,7 +351,8 @@ class _Check:
     def _judge(self, row: _Row, measured: float) -> None:
         self.errors[row.name] = measured
         # The manifest's figure may be of a sample of the blocks: a small tensor may differ from it, but not by this.
-        if measured > 3 * row.error + 0.02:
+        sampled = 0.001 * row.error + 1e-6 if row.pruned else 2 * row.error + 0.02
+        if measured > row.error + sampled:
             what = f"relative error {measured:.4f} against the source, the manifest says {row.error:.4f}"
             self.problems.append(f"tensor {row.name!r}: {what}")
 
@@ -364,6 +372,7 @@ class _Row:
     transposed: bool
     error: float
     pruned: bool
+    masked: int
     zeros: int
 
     @classmethod
@@ -379,8 +388,8 @@ class _Row:
         pruned = bool(row.get("pruned"))
         if pruned and (len(spec.shape) != 2 or spec.dtype not in FLOATS):
             raise ValueError(f"{spec.name!r} is no float matrix, so it was not pruned")
-        zeros = int(row["zeros"]) if pruned else 0
-        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), error, pruned, zeros)
+        masked, zeros = (int(row["masked"]), int(row["zeros"])) if pruned else (0, 0)
+        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), error, pruned, masked, zeros)
 
     @property
     def name(self) -> str:

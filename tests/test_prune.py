@@ -347,14 +347,14 @@ def test_verify_sees_what_was_changed(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     weight = tensors[name]
     row, column = map(int, np.argwhere(weight.numpy() == 0)[0])
-    other = int(np.argwhere(weight[row].numpy() != 0)[0][0])
+    other = int(np.argwhere(weight[row].numpy() != 0)[-1][0])
+    assert column // 4 != other // 4
     weight[row, column], weight[row, other] = 1.0, 0.0  # as many zeros as before
     weight[5, int(np.argwhere(weight[5].numpy() != 0)[0][0])] += 0.5
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     problems = quantkit.verify(tmp_path / "out", source=str(source)).problems
     assert any("weights that were not pruned are not the source's" in p for p in problems)
-    if column // 4 != other // 4:
-        assert any("hold fewer than 2 zeros" in p for p in problems)
+    assert any("hold fewer than 2 zeros" in p for p in problems)
     weight[row, column] = 0
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     assert any("weights are zero, the manifest says" in p for p in quantkit.verify(tmp_path / "out").problems)
@@ -418,18 +418,21 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     assert quantkit.inspect(str(tmp_path / "out")).recorded
 
 
-LARGER = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+WIDE = {
+    "hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("prune", "quantize"), [
     ({"sparsity": 0.5}, None), ({"method": "sparsegpt", "sparsity": 0.5}, None),
     ({"sparsity": 0.5}, {"method": "bnb"}), ({"method": "magnitude", "sparsity": 0.5}, {"method": "bnb"}),
-    ({"method": "sparsegpt", "pattern": "2:4"}, {"method": "gptq"}),
+    ({"method": "magnitude", "sparsity": 0.5}, None),
 ])  # fmt: skip
 def test_the_plan_keeps_its_memory(tmp_path: Path, prune: dict[str, Any], quantize: Any) -> None:
-    """Peak RSS of a run in a process of its own is below what the plan says."""
-    source = build(tmp_path / "source", **LARGER)
-    table = recipe(source, samples=16, length=128, quantize=quantize, **prune)
+    """Peak RSS of a run in a process of its own is below what the plan says. Matrices are large beside the program."""
+    source = build(tmp_path / "source", **WIDE)
+    table = recipe(source, samples=4, length=32, quantize=quantize, **prune)
     peak = quantkit.plan(str(source), table).memory.peak
     code = (
         "import sys, json, quantkit, pathlib; quantkit.prune(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]));"
@@ -439,6 +442,7 @@ def test_the_plan_keeps_its_memory(tmp_path: Path, prune: dict[str, Any], quanti
         [sys.executable, "-c", code, str(source), str(tmp_path / "out"), json.dumps(table)],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
+    print(f"measured {int(done.stdout.split()[-1]) / 1024:.0f} MiB, planned {peak / 2**20:.0f} MiB")
     assert int(done.stdout.split()[-1]) * 1024 <= peak
 
 

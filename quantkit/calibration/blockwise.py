@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.calibration.rows import Linears, Stop, apply_linear
+from quantkit.calibration.rows import Linears, Stop, apply_linear, irregular
 from quantkit.calibration.stream import Stream
 from quantkit.solvers.threads import in_threads, parts
 
@@ -74,18 +74,21 @@ class BlockStream(Stream):
                 last = x, squares(x.reshape(-1, x.shape[-1]))
             count = x.numel() // x.shape[-1]
             before = seen.get(name)
+            if before is not None and not self.linears[index][name].expert:
+                raise irregular(f"{name} is called more than once for a text")
             seen[name] = (last[1], count) if before is None else (before[0] + last[1], before[1] + count)
-            if len(seen) == len(weights) and not write:
+            if len(seen) == len(weights) and not write and not whole:  # the first row shows what is called again
                 raise Stop(name, x)  # nothing is left to see, and what the last linear gives is of no use
             return apply_linear(x, ready[name])
 
         linears.answer = answer
+        whole = True
         for row in self.rows:
             seen.clear()
             after = None
             with suppress(Stop):
                 after = self._run(index, "quantized", row)
-            last = None
+            last, whole = None, False
             if not all(bool(torch.isfinite(part).all()) for part, _ in seen.values()):
                 self.excluded.add(row)
                 self._check_excluded(index)

@@ -41,7 +41,7 @@ def apply_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y[..., :tokens, :].to(x.dtype)
 
 
-def _irregular(what: str) -> RunError:
+def irregular(what: str) -> RunError:
     return RunError(what, hint="such a layer cannot be calibrated; leave it alone with --skip, or use --method rtn")
 
 
@@ -89,7 +89,7 @@ class Linears:
 
         def note(name: str, x: torch.Tensor) -> torch.Tensor:
             if any(name in names for _, names in seen):
-                raise _irregular(f"{name} is called more than once for a text")
+                raise irregular(f"{name} is called more than once for a text")
             group = next((names for tensor, names in seen if tensor() is x), None)
             if group is None:
                 seen.append((weakref.ref(x), [name]))
@@ -177,7 +177,7 @@ class Passes:
         except Stop as stop:
             if stop.linear == linear:
                 return stop.x
-        raise _irregular(f"{linear} is not called, or later than for another text")
+        raise irregular(f"{linear} is not called, or later than for another text")
 
     def collect(
         self, row: int, wanted: Mapping[str, Callable[[torch.Tensor], None]], outputs: Mapping[str, int]
@@ -196,14 +196,14 @@ class Passes:
         with suppress(Stop):  # at something behind the experts
             self._run(row, answer)
         if missing:
-            raise _irregular(f"{next(iter(missing))} is not called, or later than for another text")
+            raise irregular(f"{next(iter(missing))} is not called, or later than for another text")
 
     def finish(self, row: int) -> torch.Tensor:
         """What leaves the layer."""
         try:
             return self._run(row, self._answer)
         except Stop as stop:
-            raise _irregular(f"{stop.linear} is called for some texts only") from None
+            raise irregular(f"{stop.linear} is called for some texts only") from None
 
     def keeps(self, group: Group) -> bool:
         """Whether a module ends with a linear of this group, so that its inputs are of use later."""

@@ -83,7 +83,9 @@ class Sensitivity:
                 uniform = torch.rand(len(scores), 1, generator=generator, dtype=torch.float64).to(scores.device)
                 with torch.no_grad():
                     sums = scores.softmax(1).cumsum(1)
-                    drawn = torch.searchsorted(sums, (uniform * sums[:, -1:]).to(sums.dtype)).clamp(max=sums.shape[1] - 1)
+                    drawn = torch.searchsorted(sums, (uniform * sums[:, -1:]).to(sums.dtype)).clamp(
+                        max=sums.shape[1] - 1
+                    )
                     del sums
                 torch.nn.functional.cross_entropy(scores, drawn[:, 0], reduction="sum").backward()  # type: ignore[no-untyped-call]
                 assert x.grad is not None

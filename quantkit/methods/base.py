@@ -135,10 +135,11 @@ class Method(Generic[P]):
     others; None: transformers, or quantkit.load where the architecture's row warns.
     extra_files: written beside config.json, from its quantization_config. reader_notes: what readers cannot be told.
     Of calibrated methods: streams, the models that are followed (see calibration.stream); solve, from the
-    calibration.statistics.Statistics of linears that share their inputs, and masks (solvers.group). Of methods whose
-    weights are codes: pack, these as the outputs; unpack, the inverse, which raises ValueError where outputs contradict
-    each other. reader_config: keys that its readers look for in config.json beside those that are there. mixed: linears
-    differ in bits; `bits` is one of the parameters, a number that need not be whole, and that of the method is 0.
+    calibration.statistics.Statistics of linears that share their inputs, targets and masks (solvers.group). Of methods
+    whose weights are codes: pack, these as the outputs; unpack, the inverse, which raises ValueError where outputs
+    contradict each other. reader_config: keys that its readers look for in config.json beside those that are there.
+    mixed: linears differ in bits; `bits` is one of the parameters, a number that need not be whole, and that of the
+    method is 0.
     """
 
     name: str
@@ -158,7 +159,7 @@ class Method(Generic[P]):
     reader_notes: Callable[[Selection, P], tuple[str, ...]] = lambda _selection, _params: ()
     loader: Callable[[str, P], tuple[str, str]] | None = None
     streams: Callable[[P], tuple[str, ...]] = lambda _params: ()
-    solve: Callable[[Any, P, Any], Iterator[tuple[str, Any]]] | None = None
+    solve: Callable[[Any, P, Any, Any], Iterator[tuple[str, Any]]] | None = None
     pack: Callable[[Any, WeightSpec, P], dict[str, Array]] | None = None
     unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
     reader_config: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _config: {}

@@ -98,13 +98,13 @@ def _pack(coded: Any, spec: WeightSpec, params: Exl2) -> dict[str, Array]:
     return exl2_format.pack(coded, spec, params.mix(spec.module))
 
 
-def _solve(found: Any, params: Exl2, masks: Any) -> Iterator[tuple[str, Any]]:
+def _solve(found: Any, params: Exl2, targets: Any, masks: Any) -> Iterator[tuple[str, Any]]:
     from quantkit.solvers.exl2 import Exl2Solver, Work
     from quantkit.solvers.group import solve_group
 
     groups = {name: params.mix(name).groups(weight.shape[1]) for name, weight in found.weights.items()}
     work = Work(4, 2) if params.effort == "high" else Work()
-    return solve_group(found, Exl2Solver(groups, work, params.damp), masks)
+    return solve_group(found, Exl2Solver(groups, work, params.damp), targets, masks)
 
 
 def _streams(params: Exl2) -> tuple[str, ...]:

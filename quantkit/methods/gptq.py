@@ -155,14 +155,14 @@ def _named(params: Grouped) -> str:
     return "GPTQ, version 1" if params.checkpoint_format == "gptq" else "GPTQ, version 2"
 
 
-def _solve(bits: int, found: Any, params: Gptq, masks: Any) -> Iterator[tuple[str, Any]]:
+def _solve(bits: int, found: Any, params: Gptq, targets: Any, masks: Any) -> Iterator[tuple[str, Any]]:
     from quantkit.solvers.gptq import Settings
     from quantkit.solvers.grids import Grid
     from quantkit.solvers.group import GptqSolver, settings_for, solve_group
 
     grid = Grid(bits, params.group_size or -1, params.sym)
     settings = settings_for(Settings(grid, _order(params), params.damp), params.effort)
-    return solve_group(found, GptqSolver(settings), masks)
+    return solve_group(found, GptqSolver(settings), targets, masks)
 
 
 def _order(params: Gptq) -> Literal["static", "group", "none"]:

@@ -110,12 +110,12 @@ def aim(found: Statistics) -> dict[str, Tensor]:
 
 
 def solve_group(
-    found: Statistics, solver: Solver, masks: Masks | None = None
+    found: Statistics, solver: Solver, targets: dict[str, Tensor], masks: Masks | None = None
 ) -> Iterator[tuple[str, Solved[Restorable]]]:
-    """(name, Solved) of each of the weights [out, in] of linears that share their inputs. Without a cross a
-    linear is aimed at its own weight. masks: bool [out, in], false where a weight is pruned, from what is aimed at."""
+    """(name, Solved) of each of the weights [out, in] of linears that share their inputs, once the sums are complete.
+    targets: what they are aimed at, from `aim`, taken out as they are used; one without is aimed at its own weight.
+    masks: bool [out, in], false where a weight is pruned, from what is aimed at."""
     weights = found.weights
-    targets = aim(found)
     keep = {} if masks is None else dict(masks(targets))
     if found.tokens < FEWEST_TOKENS:
         for name, weight in weights.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.solvers import sparsegpt
 from quantkit.solvers.factor import factorize
-from quantkit.solvers.masks import magnitude, measured_sparsity, wanda, wanda_variant
+from quantkit.solvers.masks import by_outliers, magnitude, wanda, wanda_variant
 from quantkit.solvers.pattern import Pattern
 from quantkit.solvers.quadratic import row_losses
 from quantkit.solvers.sparsegpt import prune_columns
@@ -55,7 +55,7 @@ def test_ties_go_by_index() -> None:
 def test_the_variant_comes_close_and_takes_the_smallest(sparsity: float) -> None:
     weight, squares = layer(64, 256)[0], inputs_of(256).square().sum(0)
     keep = wanda_variant(weight, squares, sparsity)
-    assert measured_sparsity(keep) == pytest.approx(sparsity, abs=0.002)
+    assert 1 - int(keep.sum()) / keep.numel() == pytest.approx(sparsity, abs=0.002)
     scores = weight.abs() * squares.sqrt()
     gone, stays = scores.masked_fill(keep, 0).amax(1), scores.masked_fill(~keep, float("inf")).amin(1)
     assert (gone <= stays).all()
@@ -113,3 +113,23 @@ def test_pruning_never_fails_and_keeps_its_promise(data: st.DataObject) -> None:
         hessian.zero_()
     for keep in (wanda(weight, hessian.diagonal(), pattern), prune_columns(weight, natural(hessian), pattern)[1]):
         assert ((~keep).reshape(rows, groups, of).sum(2) == pattern.pruned).all()
+
+
+def test_layers_differ_by_their_outliers_and_the_whole_is_as_asked() -> None:
+    outliers, sizes = [0.1, 0.2, 0.3, 0.9, 0.0], [100, 300, 50, 100, 0]
+    for sparsity in (0.02, 0.3, 0.5, 0.97, 0.995):
+        found = by_outliers(outliers, sizes, sparsity, 0.08)
+        whole = sum(size * part for size, part in zip(sizes, found, strict=True)) / sum(sizes)
+        assert whole == pytest.approx(sparsity, abs=1e-9)
+        assert all(0 <= part < 1 for part in found)
+        assert found[0] >= found[1] >= found[2] >= found[3]
+    found = by_outliers(outliers, sizes, 0.5, 0.08)
+    assert found[0] - found[3] == pytest.approx(0.16)
+    assert by_outliers([0.2, 0.2], [1, 1], 0.4, 0.08) == [0.4, 0.4]
+
+
+@pytest.mark.parametrize("sparsity", [0.005, 0.01, 0.02, 0.98])
+def test_the_variant_comes_near_beyond_the_papers_range(sparsity: float) -> None:
+    torch.manual_seed(3)
+    keep = wanda_variant(torch.randn(256, 512), torch.rand(512) + 0.1, sparsity)
+    assert 1 - int(keep.sum()) / keep.numel() == pytest.approx(sparsity, abs=0.0011)
