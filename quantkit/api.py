@@ -34,9 +34,9 @@ def inspect(source: str, *, revision: str | None = None, sparsity: bool = False)
     return inspect_checkpoint(open_checkpoint(folder, data_present=sparsity), sparsity=sparsity)
 
 
-def plan(source: str, recipe: Mapping[str, Any] | None = None) -> Plan:
+def plan(source: str | Path, recipe: Mapping[str, Any] | None = None) -> Plan:
     """The plan for `source` under a recipe given as plain data. Raises SourceError, RecipeError or UsageError."""
-    return plan_recipe(build_recipe({**(recipe or {}), "source": source}))[0]
+    return plan_recipe(build_recipe({**(recipe or {}), "source": str(source)}))[0]
 
 
 def plan_recipe(recipe: Recipe, *, data_present: bool = False, console: Console = _QUIET) -> tuple[Plan, Checkpoint]:
@@ -49,7 +49,7 @@ def plan_recipe(recipe: Recipe, *, data_present: bool = False, console: Console 
 
 
 def quantize(
-    source: str,
+    source: str | Path,
     out: str | Path,
     recipe: Mapping[str, Any] | None = None,
     *,
@@ -58,12 +58,12 @@ def quantize(
 ) -> Outcome:
     """Quantizes `source` into the folder `out`; see `quantkit.runner.execute` for what it raises."""
     return run_recipe(
-        build_recipe({**(recipe or {}), "source": source, "output": str(out)}), force=force, console=console
+        build_recipe({**(recipe or {}), "source": str(source), "output": str(out)}), force=force, console=console
     )
 
 
 def convert(
-    source: str,
+    source: str | Path,
     out: str | Path,
     to: Literal["hf", "mistral"],
     recipe: Mapping[str, Any] | None = None,
@@ -76,11 +76,11 @@ def convert(
     if (table.get("convert") or {}).get("to", to) != to:
         raise UsageError(f"the recipe converts to {table['convert']['to']!r}, the call to {to!r}", hint="leave one out")
     table["convert"] = {**(table.get("convert") or {}), "to": to}
-    return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
+    return run_recipe(build_recipe({**table, "source": str(source), "output": str(out)}), force=force, console=console)
 
 
 def prune(
-    source: str,
+    source: str | Path,
     out: str | Path,
     recipe: Mapping[str, Any] | None = None,
     *,
@@ -92,7 +92,7 @@ def prune(
     recipe's `prune` block; see `quantkit.runner.execute` for what is raised."""
     table = dict(recipe or {})
     table["prune"] = {**(table.get("prune") or {}), **prune}
-    return run_recipe(build_recipe({**table, "source": source, "output": str(out)}), force=force, console=console)
+    return run_recipe(build_recipe({**table, "source": str(source), "output": str(out)}), force=force, console=console)
 
 
 def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET) -> Outcome:
@@ -112,7 +112,7 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
         raise UsageError(
-            f"no {device} device is usable here", hint="use --device cpu, or install a CUDA build of torch"
+            f"no {device} device is usable here", hint="use --device cpu, or cuda with a CUDA build of torch"
         ) from None
 
 

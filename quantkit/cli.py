@@ -268,7 +268,8 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     if found.quantized:
         rows.append(("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"))
     if source is not None:
-        rows.append(("source", f"{found.compared:,} tensors compared, {found.equal:,} equal bit for bit"))
+        but_zeros = f", {found.equal_but_zeros:,} but for zeros" if found.equal_but_zeros else ""
+        rows.append(("source", f"{found.compared:,} tensors compared, {found.equal:,} equal bit for bit{but_zeros}"))
     if found.pruned is not None:
         rows.append(("zeros", found.pruned.text))
         rows += [("", f"{kind.text}  {name}") for name, kind in found.sparsity.items()]
@@ -397,8 +398,8 @@ def _job_rows(job: Plan) -> list[tuple[str, str]]:
     if (prune := job.recipe.prune) is not None:
         rows.append(("pruned", f"{len(job.pruned):,} linear layers of {job.architecture}, {prune.requested}"))
         zeros, weights = job.to_prune
-        if zeros is not None:
-            rows.append(("pruned", f"{zeros:,} of {weights:,} weights, {zeros / weights:.3%}"))
+        known = "how many weights, the run will say" if zeros is None else f"{zeros:,} weights, {zeros / weights:.3%}"
+        rows.append(("", f"{known} of {weights:,}"))
     if job.bits_per_weight is None and rows:
         return rows
     if job.bits_per_weight is None:

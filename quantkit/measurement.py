@@ -119,8 +119,8 @@ def _shape(found: Measurement, spec: WeightSpec) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Allocated:
-    """mixes: by module. bits: per weight of all linears, companions included. loss: expected, in nats a token; bound: no
-    allocation from this measurement can have less."""
+    """mixes: by module. bits: per weight of all linears, companions included. loss: expected, in nats a token; bound:
+    no allocation from this measurement can have less."""
 
     mixes: dict[str, str]
     bits: float

@@ -332,6 +332,7 @@ _UNTRUE_TAGS = frozenset(
     bitsandbytes nf4 fp4 fp8 nvfp4 mxfp4 int4 int8 llm.int8 llm-int8 w4a16 w8a8 w8a16 hqq aqlm eetq quip quip# spqr
     onnx openvino ctranslate2 tensorrt tensorrt-llm coreml tflite compressed-tensors llmcompressor llm-compressor
     auto-round autoround intel/auto-round torchao quanto optimum-quanto modelopt imatrix marlin quantized quantization
+    pruned pruning sparsity sparse wanda sparsegpt magnitude owl
     quantkit llama.cpp llama-cpp pytorch tf jax flax rust safetensors transformers endpoints_compatible
     autotrain_compatible text-generation-inference text-embeddings-inference has_space model-index
     """.split()  # noqa: SIM905

@@ -13,15 +13,16 @@ def matches(module: str, pattern: str) -> bool:
     return any(fnmatchcase(module, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
-def select(modules: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """The modules that any pattern matches. A pattern that matches none is a UsageError: it is a typo."""
+def select(modules: Iterable[str], patterns: Sequence[str], what: str = "tensor") -> set[str]:
+    """The modules, which are tensors or what else is said, that any pattern matches. A pattern that matches none is a
+    UsageError: it is a typo."""
     modules = list(modules)
     chosen: set[str] = set()
     for pattern in patterns:
         found = {m for m in modules if matches(m, pattern)}
         if not found:
             raise UsageError(
-                f"the pattern {pattern!r} matches no tensor",
+                f"the pattern {pattern!r} matches no {what}",
                 hint=f"a name looks like {modules[len(modules) // 2]!r}" if modules else "",
             )
         chosen |= found

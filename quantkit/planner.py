@@ -15,12 +15,14 @@ from quantkit import architectures
 from quantkit.architectures import Linear
 from quantkit.calibration.data import Tokens, load_tokens
 from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header, quote
+from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.torch_zip_writer import plan_torch_zip
 from quantkit.checkpoint.views import SourceTensor, plain
 from quantkit.errors import SourceError, UsageError
 from quantkit.layer_memory import LayerShape, StreamShape, plan_layers
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
+from quantkit.layouts.base import MANIFEST as MANIFEST_NAME
 from quantkit.layouts.hf import index_text
 from quantkit.memory import MemoryPlan, Work, plan_memory
 from quantkit.methods.base import Selection, WeightSpec
@@ -40,7 +42,7 @@ from quantkit.plans import (
     Unit,
     digest,
 )
-from quantkit.pruning import Prune
+from quantkit.pruning import NAMES, Prune
 from quantkit.publication import Measured, draft_manifest, finish_manifest, manifest_text, render_from_manifest
 from quantkit.recipe import Quantize, Recipe
 from quantkit.solvers.pattern import Pattern
@@ -152,6 +154,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
         *(_SINGLE_ROW if tokens is not None and len(tokens.ids) == 1 and "full" in _streams(recipe, tokens) else ()),
         *_misfits(checkpoint, tensors, chosen),
         *_unknown(tensors, chosen),
+        *_sparse_parent(checkpoint, recipe),
         *_warnings(units, recipe, chosen, target, len(shards)),
     ]
     identity = digest(
@@ -270,8 +273,14 @@ def _to_prune(
             hint="check --targets and --skip",
         )
     chosen = {f"{x.module}.weight": x for x in linears if x.module in wanted}
+    by_name = {t.name: t for t in tensors}
+    specs = [_spec(by_name[name], linear, str(checkpoint.folder)) for name, linear in chosen.items()]
+    if prune.amount == 0 or not any(n is None or n for n in (prune.count(s.rows, s.columns) for s in specs)):
+        widest = max(spec.columns for spec in specs)
+        raise UsageError(
+            f"nothing would be pruned: {prune.requested} of {widest:,} inputs is less than one", hint="ask for more"
+        )
     if isinstance(amount := prune.amount, Pattern):
-        by_name = {t.name: t for t in tensors}
         for name, linear in chosen.items():
             columns = _spec(by_name[name], linear, str(checkpoint.folder)).columns
             if columns % amount.of:
@@ -530,6 +539,23 @@ def _misfits(checkpoint: Checkpoint, tensors: Sequence[SourceTensor], chosen: _C
     if odd:
         found.append(f"{odd[0]} is there in {kinds[odd[0]]} of {layers} layers: the checkpoint is incomplete")
     return [f"the weights do not fit config.json: {what}" for what in found[:3]]
+
+
+def _sparse_parent(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """Whether a parent that quantkit pruned is to be quantized without a word about its zeros."""
+    if recipe.quantize is None or recipe.prune is not None or not (checkpoint.folder / MANIFEST_NAME).is_file():
+        return []
+    try:
+        prune = Prune.model_validate(read_json(checkpoint.folder / MANIFEST_NAME)["recipe"]["prune"])
+    except (SourceError, KeyError, TypeError, ValueError):
+        return []
+    if not recipe.quantize.implementation.solve:
+        return []
+    return [
+        f"the source is pruned ({NAMES[prune.method]}, {prune.requested}), and {recipe.quantize.method} gives values "
+        "back to pruned weights: zeros are lost, and patterns broken. A recipe with a prune block and a quantize block "
+        "keeps them, starting from the dense parent"
+    ]
 
 
 def _unknown(tensors: Sequence[SourceTensor], chosen: _Chosen) -> list[str]:

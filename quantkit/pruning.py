@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -27,7 +27,7 @@ class Prune(BaseModel):
     """What is pruned, and by which measure.
 
     sparsity: the part of the weights of each linear that become zero. pattern: "N:M", N of every M weights in a row.
-    targets: attention, mlp or patterns of module names; nothing: all linears of the decoder layers. skip: patterns.
+    targets, skip: attention, mlp or patterns of module names; no targets: all linears of the decoder layers.
     variant: Wanda's, in which rows differ. per_row: magnitude compared within rows. damp: of SparseGPT, added to the
     Hessian in units of its mean diagonal. owl: layers with more outliers keep more (Yin et al. 2023); a weight is one
     whose score is owl_outlier times the mean of its layer, and layers differ by 2 · owl_range at the most.
@@ -117,13 +117,8 @@ class Prune(BaseModel):
     def chosen(self, modules: Iterable[str]) -> set[str]:
         """Of the linears of decoder layers, by name, those that are pruned. UsageError for a pattern without any."""
         modules = list(modules)
-        patterns = [t for t in self.targets if t not in (ATTENTION, MLP)]
-        found = select(modules, patterns) if patterns else set()
-        if ATTENTION in self.targets:
-            found |= {m for m in modules if in_attention(m)}
-        if MLP in self.targets:
-            found |= {m for m in modules if not in_attention(m)}
-        return (found if self.targets else set(modules)) - select(modules, self.skip)
+        found = _named(modules, self.targets) if self.targets else set(modules)
+        return found - _named(modules, self.skip)
 
     def count(self, rows: int, columns: int) -> int | None:
         """How many weights of a linear go, pruned ones of the source among them; None where the weights decide."""
@@ -168,6 +163,17 @@ class Prune(BaseModel):
         return "within every row, to the same part of its scores" if self.variant else "within every row"
 
 
+def _named(modules: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Those that words for kinds, or patterns, name."""
+    patterns = [name for name in names if name not in (ATTENTION, MLP)]
+    found = select(modules, patterns, "linear of the decoder layers")
+    if ATTENTION in names:
+        found |= {m for m in modules if in_attention(m)}
+    if MLP in names:
+        found |= {m for m in modules if not in_attention(m)}
+    return found
+
+
 def in_attention(module: str) -> bool:
     """Whether a linear of a decoder layer belongs to its attention; all others are the feed-forward part's."""
     return any("attn" in part or "attention" in part for part in module.split("."))
@@ -176,10 +182,10 @@ def in_attention(module: str) -> bool:
 def _parse(pattern: str) -> Pattern:
     match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", pattern)
     if match is None:
-        raise ValueError(f"{pattern!r} is no pattern N:M; 2:4, for example, prunes 2 of every 4 weights")
+        raise ValueError(f"{pattern!r} is no pattern N:M\nwrite 2:4, for example, to prune 2 of every 4 weights")
     n, m = int(match[1]), int(match[2])
     if n >= m:
-        raise ValueError(f"in pattern {n}:{m} nothing is left: N of M weights are pruned, so N is less than M")
+        raise ValueError(f"in pattern {n}:{m} nothing is left\nN of M weights are pruned, so name an N below M")
     if m > LARGEST_GROUP:
-        raise ValueError(f"in pattern {n}:{m} groups are beyond {LARGEST_GROUP} weights")
+        raise ValueError(f"in pattern {n}:{m} groups are beyond {LARGEST_GROUP} weights\nname a smaller M")
     return Pattern(n, m)

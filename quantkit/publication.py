@@ -127,7 +127,8 @@ def _about(plan: Plan, selection: Selection) -> dict[str, Any]:
     """What was done, as the card names it."""
     prune = plan.recipe.prune
     if (quantize := plan.recipe.quantize) is None and prune is not None:
-        return {"title": f"{NAMES[prune.method]}, {prune.requested}", "slug": prune.slug, "bits": None,
+        title = f"{NAMES[prune.method]}, {prune.requested.partition(' (')[0]}"
+        return {"title": title, "slug": prune.slug, "bits": None,
                 "tags": _prune_tags(prune), "settings": [*_prune_settings(prune), *_settings(plan)], "encoded": [],
                 "left_dense": [], "skipped_modules": [], "sampled": False,
                 "decoded": sum(u.source.scales is not None for u in plan.units)}  # fmt: skip

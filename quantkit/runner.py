@@ -50,7 +50,7 @@ READERS = 2  # so that the disk always has a request to work on
 @dataclass(frozen=True)
 class Outcome:
     """How a run went. `reused` counts the units that an earlier, interrupted run had committed; `checked` says in words
-    what was mapped back and compared."""
+    what was mapped back and compared; `zeros` counts those of the pruned tensors, as they were written."""
 
     out: Path
     already_done: bool
@@ -59,6 +59,7 @@ class Outcome:
     units: int
     reused: int
     checked: str
+    zeros: int | None = None
 
 
 def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, force: bool = False) -> Outcome:
@@ -111,7 +112,8 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         raise write_error(e, Path(e.filename or out)) from None
     finally:
         journal.close()
-    return _outcome(out, plan, started, len(done))
+    zeros = sum(measured.reports[u.name].zeros for u in plan.pruned) if plan.pruned else None
+    return replace(_outcome(out, plan, started, len(done)), zeros=zeros)
 
 
 def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: bool = False) -> Outcome:

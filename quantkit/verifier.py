@@ -35,7 +35,8 @@ from quantkit.sparsity import ZeroCount, count_dense, same_but_zeros
 @dataclass(frozen=True)
 class Verification:
     """Outcome: what is wrong (nothing, if the folder is sound), how much was looked at, and, where a source was given,
-    the relative error of each quantized tensor over all its weights, and how many others are equal to it. pruned,
+    the relative error of each quantized tensor over all its weights, and how many others are equal to it, and how many
+    but for zeros. pruned,
     sparsity: zeros of the pruned tensors, together and by kind of module; nothing where none was pruned, or read."""
 
     problems: tuple[str, ...]
@@ -44,6 +45,7 @@ class Verification:
     quantized: int
     compared: int
     equal: int
+    equal_but_zeros: int
     errors: Mapping[str, float]
     pruned: Zeros | None = None
     sparsity: Mapping[str, Zeros] = field(default_factory=dict)
@@ -95,6 +97,7 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
         check.quantized,
         check.compared,
         check.equal,
+        check.equal_but_zeros,
         dict(check.errors),
         check.pruned,
         dict(check.sparsity),
@@ -107,7 +110,7 @@ class _Check:
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder, self.console = folder, console
         self.problems: list[str] = []
-        self.files = self.tensors = self.quantized = self.compared = self.equal = 0
+        self.files = self.tensors = self.quantized = self.compared = self.equal = self.equal_but_zeros = 0
         self.errors: dict[str, float] = {}
         self.pruned: Zeros | None = None
         self.sparsity: dict[str, Zeros] = {}
@@ -330,7 +333,7 @@ class _Check:
         self._counted(row, count_dense(found, files, self._patterns(row), turned=row.transposed))
         if self.prune is not None and self.prune.keeps_values:
             if same_but_zeros(found, files, source, parent_files):
-                self.equal += 1
+                self.equal_but_zeros += 1
             else:
                 self.problems.append(f"tensor {row.name!r}: weights that were not pruned are not the source's")
             return

@@ -291,10 +291,11 @@ def test_json_of_each_verb(tiny: Tiny, tmp_path: Path, quantkit: Run) -> None:
         "files", "tensors", "linears", "quantized", "pruned", "sparsity", "problems",
     }  # fmt: skip
     done = json_of(quantkit("quantize", source, "-o", out, "--json"))
-    assert set(done) == {"out", "already_done", "seconds", "peak_rss", "units", "reused", "checked"}
+    assert set(done) == {"out", "already_done", "seconds", "peak_rss", "units", "reused", "checked", "zeros"}
     verified = json_of(quantkit("verify", out, "--json"))
     assert set(verified) == {
-        "sound", "problems", "files", "tensors", "quantized", "compared", "equal", "errors", "pruned", "sparsity",
+        "sound", "problems", "files", "tensors", "quantized", "compared", "equal", "equal_but_zeros", "errors",
+        "pruned", "sparsity",
     }  # fmt: skip
     assert json_of(quantkit("card", out, "--json")) == {"card": str(out / "README.md")}
 

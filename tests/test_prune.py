@@ -124,7 +124,7 @@ def test_every_kind_of_layer(tmp_path: Path, kind: str, prune: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("prune", [
-    {"sparsity": 0.0}, {"sparsity": 0.02}, {"sparsity": 0.9}, {"sparsity": 0.5, "variant": True},
+    {"sparsity": 0.02}, {"sparsity": 0.9}, {"sparsity": 0.5, "variant": True},
     {"sparsity": 0.5, "owl": True}, {"sparsity": 0.5, "owl": True, "owl_outlier": 3.0, "owl_range": 0.2},
     {"pattern": "1:4"}, {"pattern": "3:16"}, {"method": "magnitude", "sparsity": 0.5},
     {"method": "magnitude", "sparsity": 0.5, "per_row": True}, {"method": "sparsegpt", "sparsity": 0.02},
@@ -325,6 +325,31 @@ def test_a_source_that_is_sparse_already(tmp_path: Path) -> None:
     assert "25.000%" not in quantkit.inspect(str(source)).text()
     counted = {k.kind: k for k in quantkit.inspect(str(source), sparsity=True).sparsity}
     assert counted["mlp.up_proj"].zeros == weight.numel() // 4
+
+
+def test_quantizing_a_pruned_folder_is_warned_of(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    pruned = tmp_path / "pruned"
+    made = quantkit.prune(source, pruned, recipe(source, pattern="2:4"))
+    assert made.zeros == sum(row["zeros"] for row in json.loads((pruned / "quantkit.json").read_text())["sparsity"])
+    table = {"quantize": {"method": "rtn"}}
+    assert not any("the source is pruned" in w for w in quantkit.plan(pruned, table).warnings)
+    (source / "calib.txt").rename(pruned / "calib.txt")
+    table = recipe(pruned, quantize={"method": "gptq"})
+    del table["prune"]
+    (warning,) = (w for w in quantkit.plan(pruned, table).warnings if "the source is pruned" in w)
+    assert "Wanda, 2:4" in warning
+    assert "zeros are lost" in warning
+
+
+def test_matrices_that_are_no_known_linears_are_named(tmp_path: Path) -> None:
+    """As experts are, of architectures that are derived from transformers' modules."""
+    source = build(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.extra.weight"] = torch.ones(512, 512)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (warning,) = (w for w in quantkit.plan(source, recipe(source, sparsity=0.5)).warnings if "not known here" in w)
+    assert "'model.layers.0.extra.weight'" in warning
 
 
 def test_inspect_counts_what_is_there(tmp_path: Path) -> None:

@@ -43,10 +43,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ({"sparsity": 0.5, "method": "sparsegpt", "variant": True}, "variant is for wanda"),
     ({"sparsity": 0.5, "owl_range": 0.1}, "are for owl"),
     ({"sparsity": 0.5, "method": "wonda"}, "'wanda', 'sparsegpt' or 'magnitude'"),
-    ({"sparsity": 0.5, "targets": ("atention",)}, "matches no tensor"),
-    ({"sparsity": 0.5, "skip": ("nothing",)}, "matches no tensor"),
+    ({"sparsity": 0.5, "targets": ("atention",)}, "matches no linear of the decoder layers"),
+    ({"sparsity": 0.5, "skip": ("nothing",)}, "matches no linear of the decoder layers"),
+    ({"sparsity": 0.0}, "nothing would be pruned"),
+    ({"sparsity": 0.001}, "nothing would be pruned: 0.1 % of 180 inputs is less than one"),
     ({"sparsity": 0.5, "skip": ("layers",)}, "nothing is left to prune"),
-    ({"sparsity": 0.5, "targets": ("lm_head",)}, "matches no tensor"),
+    ({"sparsity": 0.5, "targets": ("lm_head",)}, "matches no linear of the decoder layers"),
     ({"sparcity": 0.5}, "unknown key 'prune.sparcity'"),
 ])  # fmt: skip
 def test_refused(source: Path, tmp_path: Path, prune: dict[str, Any], words: str) -> None:
