@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +16,23 @@ from quantkit.evaluator import WINDOWS, Evaluation, Subject, Windows, evaluate_f
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
+from quantkit.measurement import Losses, Measurement, allocated, check_fits, digest_of_weights, read_measurement
+from quantkit.measurer import Job, seen
+from quantkit.measurer import measure as measure_job
+from quantkit.methods.base import WeightSpec
+from quantkit.methods.exl2 import Exl2
 from quantkit.output import COMMITS
-from quantkit.planner import make_plan
-from quantkit.plans import Plan
+from quantkit.patterns import matches
+from quantkit.planner import linears_to_mix, make_plan, tokens_for
+from quantkit.plans import Origin, Plan
 from quantkit.publication import FORMAT, render_from_manifest
 from quantkit.recipe import Recipe, build_recipe
-from quantkit.restored import open_source
+from quantkit.restored import open_files, open_source
 from quantkit.runner import Outcome, execute
 from quantkit.verifier import Verification, verify_folder
 
 _QUIET = Console(quiet=True)
+MEASURED = ".measurement.json"  # behind the name of the output folder
 
 
 def inspect(source: str, *, revision: str | None = None, sparsity: bool = False) -> Inspection:
@@ -39,13 +47,92 @@ def plan(source: str | Path, recipe: Mapping[str, Any] | None = None) -> Plan:
     return plan_recipe(build_recipe({**(recipe or {}), "source": str(source)}))[0]
 
 
-def plan_recipe(recipe: Recipe, *, data_present: bool = False, console: Console = _QUIET) -> tuple[Plan, Checkpoint]:
-    """The plan and what it reads. With data_present=False a Hub model's weights are not fetched, only their headers."""
+def plan_recipe(
+    recipe: Recipe, *, data_present: bool = False, measuring: bool = False, console: Console = _QUIET
+) -> tuple[Plan, Checkpoint]:
+    """The plan and what it reads. With data_present=False a Hub model's weights are not fetched, only their headers.
+    measuring: whether what a method needs that mixes bits is measured where it is not known yet."""
     # An official folder holds both layouts: what is to be written is then not what is read.
     prefer: Prefer = "mistral" if recipe.convert is not None and recipe.convert.to == "hf" else "hf"
     folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet, prefer=prefer)
     checkpoint = open_checkpoint(folder, data_present=data_present, native=recipe.native.options, prefer=prefer)
-    return make_plan(recipe, checkpoint, origin, quiet=console.quiet), checkpoint
+    losses = None
+    if recipe.quantize is not None and recipe.quantize.implementation.mixed:
+        losses = _losses(recipe, checkpoint, origin, data_present=data_present, measuring=measuring, console=console)
+    return make_plan(recipe, checkpoint, origin, quiet=console.quiet, losses=losses), checkpoint
+
+
+def _losses(
+    recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, data_present: bool, measuring: bool, console: Console
+) -> Losses | None:
+    """What was measured of a source: in the file that the recipe names, or in one beside the output, where a run leaves
+    it. None if nothing was, or all mixes are given."""
+    assert recipe.quantize is not None
+    params = recipe.quantize.params
+    assert isinstance(params, Exl2)
+    linears, specs = linears_to_mix(recipe, checkpoint)
+    given = params.mixes
+    if all(any(matches(spec.module, pattern) for pattern in given) for spec in specs):
+        return None
+
+    def fits(found: Measurement, path: Path) -> None:
+        with open_files(checkpoint) if data_present else nullcontext() as files:
+            weights = found.weights if files is None else digest_of_weights(checkpoint, files, found.linears)
+        check_fits(found, path, weights=weights, specs=specs)
+
+    if (named := params.measurement) is not None:
+        path = expand(named)
+        found = read_measurement(path)
+        fits(found, path)
+        return found.losses
+    if recipe.output is None:
+        return None
+    path = expand(recipe.output + MEASURED)
+    tokens = tokens_for(recipe, checkpoint) if path.exists() or measuring else None
+    if path.exists() and tokens is not None:
+        try:
+            found = read_measurement(path)
+            fits(found, path)
+            if found.tokens == seen(tokens).sha256:
+                return found.losses
+        except UsageError:
+            pass  # of another model, or of another text: it is measured again
+    if not measuring or tokens is None:
+        return None
+    resources = recipe.resources
+    job = Job(checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device)
+    return measure_job(job, path, console).losses
+
+
+def measure(
+    source: str | Path, out: str | Path, recipe: Mapping[str, Any] | None = None, *, console: Console = _QUIET
+) -> Measurement:
+    """Measures what each linear of `source` loses in each mix of bits, and writes the file `out`, for `quantize` with a
+    method that mixes bits. recipe: its quantize, calibration and resources blocks count."""
+    table = {"quantize": {"method": "exl2"}, **(recipe or {}), "source": str(source)}
+    return measure_recipe(build_recipe(table), Path(out), console=console)
+
+
+def expected_losses(found: Measurement) -> dict[float, float]:
+    """By bits per weight, the loss that the best mixes are expected to have."""
+    specs = [WeightSpec(module, "F16", linear.rows, linear.columns) for module, linear in found.linears.items()]
+    curve: dict[float, float] = {}
+    for bits in (2.5, 3.0, 3.5, 4.0, 5.0, 6.0):
+        with suppress(UsageError):  # below what these linears take at the least
+            curve[bits] = allocated(Exl2(bits=bits), specs, found.losses)[1].loss
+    return curve
+
+
+def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> Measurement:
+    if recipe.quantize is None or not recipe.quantize.implementation.mixed:
+        raise UsageError("only methods that mix bits are measured for", hint="leave --method out, or name exl2")
+    _check_device(recipe.resources.device)
+    folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
+    checkpoint = open_checkpoint(folder, native=recipe.native.options)
+    linears, specs = linears_to_mix(recipe, checkpoint)
+    tokens, resources = tokens_for(recipe, checkpoint), recipe.resources
+    job = Job(checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device)
+    return measure_job(job, expand(str(out)), console)
 
 
 def quantize(
@@ -99,7 +186,7 @@ def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET
     if not recipe.output:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
     _check_device(recipe.resources.device)
-    job, checkpoint = plan_recipe(recipe, data_present=True, console=console)
+    job, checkpoint = plan_recipe(recipe, data_present=True, measuring=True, console=console)
     return execute(job, checkpoint, expand(recipe.output), console, force=force)
 
 

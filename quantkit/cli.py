@@ -40,6 +40,19 @@ def _options(*given: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+class _Bits(click.ParamType[Any]):
+    """A number; a whole one as an int."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return int(number) if number.is_integer() else number
+
+
 _calibration_options = (
     click.option("--calib", metavar="TEXT", help="FILE.txt, .jsonl, .parquet or a Hub dataset to calibrate on."),
     click.option("--calib-samples", type=int, help="Rows of calibration text.  [default: 64]"),
@@ -48,8 +61,8 @@ _calibration_options = (
 )
 # Each is a key of the recipe.
 _quantize_options = _options(
-    click.option("--bits", type=int, help="Bits per weight: 4 or 8; gptq and rtn also 2 and 3.  [default: 4]"),
-    click.option("--method", help="bnb, gptq (calibrated) or rtn (rounding, in gptq's format).  [default: bnb]"),
+    click.option("--bits", type=_Bits(), help="Bits per weight: 4, 8; gptq, rtn: also 2, 3; exl2: any.  [default: 4]"),
+    click.option("--method", help="bnb; gptq, exl2 (calibrated); rtn (rounding, in gptq's format).  [default: bnb]"),
     click.option("--quant-type", help="4-bit code table, nf4 or fp4.  [default: nf4]"),
     click.option(
         "--double-quant/--no-double-quant", default=None, help="Block maxima in 8 bits, or not.  [default: yes]"
@@ -57,8 +70,11 @@ _quantize_options = _options(
     click.option("--group-size", type=int, help="gptq, rtn: weights that share a scale; 32, 64, 128 or -1 (a row)."),
     click.option("--sym/--no-sym", default=None, help="gptq, rtn: no zero points, or with.  [default: sym]"),
     click.option("--act-order", help="gptq: static, group (desc_act) or none.  [default: static]"),
-    click.option("--effort", help="gptq: low, default or high.  [default: default]"),
-    click.option("--damp", type=float, help="gptq: part of the mean diagonal added to the Hessian.  [default: 0.03]"),
+    click.option("--effort", help="gptq, exl2: low, default or high.  [default: default]"),
+    click.option("--damp", type=float, help="gptq, exl2: part of the mean diagonal added to it.  [default: 0.03]"),
+    click.option("--measurement", metavar="FILE", help="exl2: of `quantkit measure`.  [default: measured first]"),
+    click.option("--min-bits", type=float, help="exl2: bits per weight of any linear, at the least."),
+    click.option("--max-bits", type=float, help="exl2: bits per weight of any linear, at the most."),
     click.option("--checkpoint-format", help="gptq, rtn: gptq or gptq_v2.  [default: gptq]"),
     click.option("--format", help="gptq, rtn: gptq or compressed-tensors.  [default: gptq]"),
     *_calibration_options,
@@ -132,6 +148,9 @@ def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert", "prune
         "out": "output",
         "method": "quantize.method",
         "bits": "quantize.bits",
+        "measurement": "quantize.measurement",
+        "min_bits": "quantize.min_bits",
+        "max_bits": "quantize.max_bits",
         "quant_type": "quantize.quant_type",
         "double_quant": "quantize.double_quant",
         "skip": "quantize.skip",
@@ -238,6 +257,38 @@ def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: A
     Every tensor is mapped back and compared with the source. The same command resumes an interrupted run.
     """
     _plan_or_run(_recipe(options, "convert"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+
+
+@cli.command()
+@_source
+@_options(
+    click.option("-o", "--output", "file", required=True, metavar="FILE", type=click.Path(path_type=Path)),
+    *_calibration_options,
+    click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers out. Repeatable."),
+    click.option("--device", help="Where to compute: cpu or cuda.  [default: cpu]"),
+    click.option("--threads", type=int, help="Threads that work on weights.  [default: all cores]"),
+    click.option("--revision", help="Branch, tag or commit of a Hub id."),
+    click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with these settings."),
+    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
+)
+@_output_options
+def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Measure what every linear of SRC loses in every mix of bits, for `quantize --method exl2 --measurement FILE`.
+
+    The same command resumes. What it finds serves for any number of bits.
+    """
+    from quantkit import api
+
+    console = Console(json=as_json, quiet=quiet)
+    found = api.measure_recipe(_recipe({**options, "method": "exl2"}, "quantize"), file, console=console)
+    curve = api.expected_losses(found)
+    rows = [
+        ("measured", f"{len(found.linears):,} linear layers, {found.rows:,} rows of {found.length:,} tokens"),
+        ("file", str(file)),
+        ("bits per weight", "expected KL divergence, nats a token"),
+        *((f"{bits:g}", f"{loss:.4f}") for bits, loss in curve.items()),
+    ]
+    console.result({"file": str(file), "linears": len(found.linears), "expected_kl": curve}, table(rows))
 
 
 @cli.command()

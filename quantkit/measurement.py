@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -54,6 +53,11 @@ class Measurement(_Table):
     length: int
     linears: dict[str, LinearLosses]
 
+    @property
+    def losses(self) -> dict[str, dict[str, float]]:
+        """By module and mix."""
+        return {module: linear.losses for module, linear in self.linears.items()}
+
     def to_bytes(self) -> bytes:
         return (json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -85,10 +89,12 @@ def read_measurement(path: Path) -> Measurement:
 
 def digest_of_weights(checkpoint: Checkpoint, files: SourceFiles, modules: Iterable[str]) -> str:
     """Tells a model's linears from those of another, or of another step of its training: SHA-256 of their names, shapes
-    and dtypes, and of some elements of each."""
+    and dtypes, and of some elements of each. Empty where one of them is not there."""
     found = hashlib.sha256()
     for module in sorted(modules):
-        tensor = checkpoint.tensors[f"{module}.weight"]
+        tensor = checkpoint.tensors.get(f"{module}.weight")
+        if tensor is None:
+            return ""
         found.update(f"{module} {tensor.dtype} {list(tensor.shape)}\n".encode())
         step = tensor.granule or tensor.numel
         count = min(-(-PROBE // step) * step, tensor.numel)
@@ -98,7 +104,7 @@ def digest_of_weights(checkpoint: Checkpoint, files: SourceFiles, modules: Itera
 
 
 def check_fits(found: Measurement, path: Path, *, weights: str, specs: Sequence[WeightSpec]) -> None:
-    """UsageError if it is of another model."""
+    """UsageError if it is of another model, whose digest is `weights`, or does not know one of these linears."""
     missing = [s.module for s in specs if s.module not in found.linears]
     other = [s.module for s in specs if s.module not in missing and _shape(found, s) != (s.rows, s.columns)]
     if missing or other or found.weights != weights:
@@ -117,38 +123,44 @@ def _shape(found: Measurement, spec: WeightSpec) -> tuple[int, int]:
     return found.linears[spec.module].rows, found.linears[spec.module].columns
 
 
+Losses = Mapping[str, Mapping[str, float]]  # in nats a token, by module and mix
+
+
 @dataclass(frozen=True)
 class Allocated:
-    """mixes: by module. bits: per weight of all linears, companions included. loss: expected, in nats a token; bound:
-    no allocation from this measurement can have less."""
+    """bits: per weight of all linears, companions included. loss: expected, in nats a token; bound: no allocation from
+    these losses can have less. assumed: nothing was measured."""
 
-    mixes: dict[str, str]
     bits: float
     loss: float
     bound: float
+    assumed: bool
 
 
-def allocate_mixes(losses: Mapping[str, Mapping[str, float]], specs: Sequence[WeightSpec], params: Exl2) -> Allocated:
-    """The mixes of some linears that lose least within `params.bits` a weight. UsageError where that is too little.
+def allocated(params: Exl2, specs: Sequence[WeightSpec], losses: Losses | None) -> tuple[Exl2, Allocated]:
+    """The parameters with a mix for each linear: those that lose least within `params.bits` a weight. UsageError where
+    that is too little.
 
-    losses: by module and mix. What `params.mixes` names, by module or pattern, the last that matches, is not up for
-    choice, but counts."""
+    What `params.mixes` names, by module or pattern, the last that matches, is not up for choice, but counts.
+    """
     modules = [spec.module for spec in specs]
     pinned = {module: mix for pattern, mix in params.mixes.items() for module in select(modules, [pattern])}
+    known = assumed_losses(specs) if losses is None else losses
     items: dict[str, list[Option]] = {}
     mixes: dict[str, list[str]] = {}
     for spec in specs:
-        own = losses.get(spec.module, {})
+        own = known.get(spec.module, {})
         names = [pinned[spec.module]] if spec.module in pinned else list(own)
         costs = {name: Mix.parse(name).cost(spec) for name in names}
-        within = [n for n in names if params.min_bits <= costs[n] / spec.numel <= params.max_bits]
-        if not within and spec.module not in pinned:
+        if spec.module not in pinned:
+            names = [n for n in names if params.min_bits <= costs[n] / spec.numel <= params.max_bits]
+        if not names:
             raise UsageError(
                 f"no mix of {spec.module} has between {params.min_bits:g} and {params.max_bits:g} bits per weight",
                 hint="allow more with --min-bits and --max-bits",
             )
-        mixes[spec.module] = within or names
-        items[spec.module] = [Option(costs[n], own.get(n, 0.0)) for n in mixes[spec.module]]
+        mixes[spec.module] = names
+        items[spec.module] = [Option(costs[n], own.get(n, 0.0)) for n in names]
     weights = sum(spec.numel for spec in specs)
     try:
         found = allocate(items, int(params.bits * weights))
@@ -158,8 +170,10 @@ def allocate_mixes(losses: Mapping[str, Mapping[str, float]], specs: Sequence[We
             f"{params.bits:g} bits per weight are too few: these linears take {least:.3f} at the least",
             hint=f"use --bits {least:.3f} or more",
         ) from None
-    chosen = {module: mixes[module][place] for module, place in found.chosen.items()}
-    return Allocated({m: chosen[m] for m in modules}, found.cost / weights, found.loss, found.bound)
+    chosen = {module: mixes[module][found.chosen[module]] for module in modules}
+    assumed = losses is None and not chosen.keys() <= pinned.keys()
+    how = Allocated(found.cost / weights, found.loss, found.bound, assumed)
+    return params.model_copy(update={"mixes": chosen, "measurement": None}), how
 
 
 def assumed_losses(specs: Sequence[WeightSpec]) -> dict[str, dict[str, float]]:
@@ -169,8 +183,3 @@ def assumed_losses(specs: Sequence[WeightSpec]) -> dict[str, dict[str, float]]:
     losses = {n: sum(float(share) * 4.0**-bits for share, bits, _ in parts) for n, parts in shares.items()}
     total = sum(spec.numel for spec in specs)
     return {spec.module: {n: loss * spec.numel / total for n, loss in losses.items()} for spec in specs}
-
-
-def named(values: Any) -> dict[str, dict[str, float]]:
-    """Losses by module and mix of a measurement."""
-    return {module: dict(linear.losses) for module, linear in values.linears.items()}

@@ -24,6 +24,7 @@ from quantkit.layer_memory import LayerShape, StreamShape, plan_layers
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
 from quantkit.layouts.base import MANIFEST as MANIFEST_NAME
 from quantkit.layouts.hf import index_text
+from quantkit.measurement import Allocated, Losses, allocated
 from quantkit.memory import MemoryPlan, Work, plan_memory
 from quantkit.methods.base import Selection, WeightSpec
 from quantkit.patterns import select
@@ -56,6 +57,10 @@ CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length
 _SINGLE_ROW = (
     "with a single calibration row none is left to judge a step toward the full-precision model by: nothing is aimed "
     "at it",
+)
+_ASSUMED = (
+    "bits are not measured yet: which linears get how many is a stand-in, their sum is not. A run measures first, or "
+    "`quantkit measure` does",
 )
 UNKNOWN_PART = 0.05  # of the weights of all matrices in the decoder layers
 PRUNED_TOGETHER = 128  # columns; solvers.sparsegpt has the same number, beside torch, which no plan loads
@@ -118,8 +123,11 @@ def find_linears(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[Lin
     return found, skip, str(checkpoint.config.get("model_type")), ""
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: bool = True) -> Plan:
-    """The plan. Raises SourceError or UsageError where the job cannot be done."""
+def make_plan(
+    recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: bool = True, losses: Losses | None = None
+) -> Plan:
+    """The plan. Raises SourceError or UsageError where the job cannot be done. losses: for a method that mixes bits,
+    what was measured; without, a stand-in decides."""
     if (how := quantized_already(checkpoint)) is not None:
         reason = "the source is quantized already"
         if recipe.convert is not None:
@@ -130,7 +138,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
     chosen, tokens = _Chosen(), None
     if recipe.quantize is not None or recipe.prune is not None:
         _check_device(recipe)
-        chosen = _choose(recipe, checkpoint, tensors)
+        chosen = _choose(recipe, checkpoint, tensors, losses)
         if recipe.quantize is not None:
             quantize = recipe.quantize.model_copy(update={"params": chosen.params})
             recipe = recipe.model_copy(update={"quantize": quantize})
@@ -155,6 +163,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: 
         *_misfits(checkpoint, tensors, chosen),
         *_unknown(tensors, chosen),
         *_sparse_parent(checkpoint, recipe),
+        *(_ASSUMED if chosen.allocation is not None and chosen.allocation.assumed else ()),
         *_warnings(units, recipe, chosen, target, len(shards)),
     ]
     identity = digest(
@@ -239,6 +248,7 @@ class _Chosen:
     derived: bool = False  # transformers was asked, and so torch is there
     refused: Mapping[str, str] = field(default_factory=dict)  # why the format cannot hold them, by module
     params: Any = None  # of the method, nothing left open
+    allocation: Allocated | None = None  # of a method that mixes bits
 
     @property
     def selection(self) -> Selection:
@@ -246,15 +256,41 @@ class _Chosen:
         return Selection(encoded, tuple(x.module for x in self.all if x.module not in set(encoded)), self.skipped)
 
 
-def _choose(recipe: Recipe, checkpoint: Checkpoint, tensors: Sequence[SourceTensor]) -> _Chosen:
+def _choose(recipe: Recipe, checkpoint: Checkpoint, tensors: Sequence[SourceTensor], losses: Losses | None) -> _Chosen:
     linears, skip_modules, name, warning = find_linears(checkpoint, [t.name for t in tensors])
     known = architectures.find(checkpoint.config) is not None
     found = _Chosen({}, {}, linears, (), name, warning, not known)
     if recipe.quantize is not None:
         found = _to_quantize(recipe.quantize, checkpoint, tensors, found, skip_modules)
+        if recipe.quantize.implementation.mixed:
+            specs = specs_of(tensors, found.quantized, str(checkpoint.folder))
+            mixed, allocation = allocated(found.params, specs, losses)
+            found = replace(found, params=mixed, allocation=allocation)
     if recipe.prune is not None:
         found = replace(found, pruned=_to_prune(recipe.prune, checkpoint, tensors, linears))
     return found
+
+
+def specs_of(tensors: Sequence[SourceTensor], chosen: Mapping[str, Linear], where: str) -> list[WeightSpec]:
+    """Of the linears chosen, by tensor name, in their order."""
+    by_name = {t.name: t for t in tensors}
+    return [_spec(by_name[name], linear, where) for name, linear in chosen.items()]
+
+
+def linears_to_mix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Linear], list[WeightSpec]]:
+    """The linears that a method takes which mixes bits."""
+    assert recipe.quantize is not None
+    tensors = [t for t in source_tensors(checkpoint) if t.name in target_of(recipe, checkpoint).names]
+    linears, skip, name, warning = find_linears(checkpoint, [t.name for t in tensors])
+    found = _to_quantize(recipe.quantize, checkpoint, tensors, _Chosen({}, {}, linears, (), name, warning), skip)
+    return list(found.quantized.values()), specs_of(tensors, found.quantized, str(checkpoint.folder))
+
+
+def tokens_for(recipe: Recipe, checkpoint: Checkpoint) -> Tokens:
+    """The calibration text of a recipe."""
+    tokens = _calibrate(recipe, checkpoint, target_of(recipe, checkpoint), quiet=True)[1]
+    assert tokens is not None
+    return tokens
 
 
 def _to_prune(

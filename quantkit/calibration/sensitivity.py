@@ -22,6 +22,7 @@ from quantkit.calibration.skeleton import Call, Skeleton, Weights
 from quantkit.calibration.stream import Linear, hidden_width
 
 SEED = 20240229  # of the tokens that are drawn
+TOKENS = 64  # whose logits are there at a time
 
 
 class Sensitivity:
@@ -76,20 +77,17 @@ class Sensitivity:
         """The gradients by what leaves the last layer, of a token drawn at every place."""
         generator = torch.Generator().manual_seed(SEED)
         logits = self.skeleton.logits(self.weights, gradients=True)
-        if True:
-            for row in range(states.shape[0]):
-                x = states.read(row, self.skeleton.device).requires_grad_()
+        for row in range(states.shape[0]):
+            whole = states.read(row, self.skeleton.device)
+            found = torch.empty_like(whole)
+            for start in range(0, whole.shape[1], TOKENS):
+                x = whole[:, start : start + TOKENS].clone().requires_grad_()
                 scores = logits(x)
-                uniform = torch.rand(len(scores), 1, generator=generator, dtype=torch.float64).to(scores.device)
-                with torch.no_grad():
-                    sums = scores.softmax(1).cumsum(1)
-                    drawn = torch.searchsorted(sums, (uniform * sums[:, -1:]).to(sums.dtype)).clamp(
-                        max=sums.shape[1] - 1
-                    )
-                    del sums
-                torch.nn.functional.cross_entropy(scores, drawn[:, 0], reduction="sum").backward()  # type: ignore[no-untyped-call]
+                drawn = _drawn(scores.detach(), generator)
+                torch.nn.functional.cross_entropy(scores, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
                 assert x.grad is not None
-                gradients.write(row, x.grad)
+                found[:, start : start + TOKENS] = x.grad
+            gradients.write(row, found)
 
     def _back(
         self, index: int, call: Call, linears: Linears, before: HiddenStates, gradients: HiddenStates
@@ -134,6 +132,13 @@ class Sensitivity:
         finally:
             linears.release()
             skeleton.clear(others)
+
+
+def _drawn(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """int64 [tokens]: of each row of logits float32 [tokens, vocabulary], a token by its probability."""
+    sums = scores.softmax(1).cumsum(1)
+    part = torch.rand(len(sums), 1, generator=generator, dtype=torch.float64).to(sums.device, sums.dtype)
+    return torch.searchsorted(sums, part * sums[:, -1:]).clamp_(max=sums.shape[1] - 1)[:, 0]
 
 
 def _ordinary(call: Call) -> Call:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,8 @@ class Exl2(Parameters):
     bits: float = Field(4.0, description="bits per weight of the linears together, at the most")
     min_bits: float = Field(0.0, ge=0, le=8, description="bits per weight of every linear, at the least")
     max_bits: float = Field(9.0, gt=2, le=9, description="bits per weight of every linear, at the most")
-    mixes: dict[str, str] = Field(default_factory=dict, description="the mix of each linear, by module; else measured")
+    mixes: dict[str, str] = Field(default_factory=dict, description="mixes by module or pattern; others are allocated")
+    measurement: str | None = Field(None, description="file of what each linear loses in each mix; else measured first")
     effort: Literal["low", "default", "high"] = Field("default", description="time for quality")
     damp: float = Field(0.03, gt=0, lt=1, description="part of the mean diagonal that is added to the Hessian")
 
@@ -147,11 +148,6 @@ def _loader(architecture: str, params: Exl2) -> tuple[str, str]:
     return "none", "exllamav2, the only program that reads EXL2, does not know the linears of this architecture by name"
 
 
-def _allocated(params: Exl2, specs: Sequence[WeightSpec]) -> Exl2:
-    """Mixes of just these linears, in their order. KeyError for one without."""
-    return params.model_copy(update={"mixes": {s.module: params.mixes[s.module] for s in specs}})
-
-
 METHOD = Method(
     name="exl2",
     bits=0,
@@ -163,7 +159,6 @@ METHOD = Method(
     decoder=_Restorer,
     config=_config,
     describe=_describe,
-    resolve=_allocated,
     refuses=lambda spec, _: exl2_format.refuses(spec),
     reader_config=_reader_config,
     loader=_loader,

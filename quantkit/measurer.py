@@ -1,0 +1,214 @@
+"""Measures what each linear of a model loses in each mix of bits, layer by layer, and resumes when interrupted.
+
+The loss of a linear is ½ · Σ over its outputs of the mean square of the gradient there (calibration.sensitivity) times
+the energy of the error that the mix makes of that output (e·H·eᵀ a token): what the model's distribution moves by, if
+errors of one linear do not make up for each other's. Weights are solved as in a run, but without refinement, and of
+tall ones some rows stand for all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.architectures import Linear
+from quantkit.calibration.data import Tokens
+from quantkit.checkpoint.journal import FOLDER, Journal
+from quantkit.checkpoint.reader import SourceFiles
+from quantkit.checkpoint.system import cores
+from quantkit.checkpoint.writer import write_file
+from quantkit.console import Console, Progress
+from quantkit.errors import Interrupted, OutputError
+from quantkit.layouts import Checkpoint
+from quantkit.measurement import FORMAT, LinearLosses, Measurement, digest_of_weights
+from quantkit.methods.base import WeightSpec
+from quantkit.methods.exl2 import OPTIONS
+from quantkit.methods.exl2_format import Mix
+from quantkit.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantkit.calibration.statistics import Statistics
+
+ROWS, SHORT = 16, (8, 512)  # calibration rows that are looked at; rows and tokens for gradients
+SAMPLE = 384  # outputs of a linear that stand for all of them
+DAMP = 0.03
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured: the linears, in order, and the text."""
+
+    checkpoint: Checkpoint
+    source: str
+    linears: Sequence[Linear]
+    specs: Sequence[WeightSpec]
+    tokens: Tokens
+    threads: int | None
+    device: str
+
+
+def workplace(path: Path) -> Path:
+    """The folder of an unfinished measurement."""
+    return path.with_name(path.name + ".work")
+
+
+def seen(tokens: Tokens) -> Tokens:
+    """Those of the calibration text that are looked at."""
+    import hashlib
+
+    ids = tokens.ids[:ROWS]
+    return replace(tokens, ids=ids, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
+
+
+def measure(job: Job, path: Path, console: Console) -> Measurement:
+    """Measures, and writes `path`. Raises Interrupted on Ctrl-C: the same call takes up where it stopped."""
+    job = replace(job, tokens=seen(job.tokens))
+    work = workplace(path)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        journal = Journal(work)
+    except OSError as e:
+        raise OutputError(
+            f"the measurement cannot be written: {e.strerror}", where=str(path.parent), hint="name another file"
+        ) from None
+    try:
+        with SourceFiles(job.checkpoint.folder, job.checkpoint.files) as files:
+            weights = digest_of_weights(job.checkpoint, files, [s.module for s in job.specs])
+            head = {"quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "options": list(OPTIONS)}
+            if journal.head != head:
+                journal.start(head)
+            rows = _Run(job, work / FOLDER / "hidden", files, journal, console).run()
+        rows_, length = job.tokens.ids.shape
+        found = Measurement(
+            format=FORMAT, quantkit=__version__, source=job.source, weights=weights, text=job.tokens.name,
+            tokens=job.tokens.sha256, rows=rows_, length=length,
+            linears={s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=rows[s.module]) for s in job.specs},
+        )  # fmt: skip
+        write_file(path, found.to_bytes())
+        journal.remove()
+        shutil.rmtree(work, ignore_errors=True)
+        return found
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; what is measured is kept", where=str(work), hint="the same command takes up where it stopped"
+        ) from None
+    finally:
+        journal.close()
+
+
+class _Run:
+    def __init__(self, job: Job, scratch: Path, files: SourceFiles, journal: Journal, console: Console) -> None:
+        self.job, self.scratch, self.files, self.journal, self.console = job, scratch, files, journal, console
+        self.specs = {spec.module: spec for spec in job.specs}
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """Losses by module and mix."""
+        import torch
+
+        from quantkit.calibration.sensitivity import Sensitivity
+        from quantkit.calibration.skeleton import Skeleton
+        from quantkit.calibration.stream import Linear as Streamed
+        from quantkit.calibration.stream import Stream
+        from quantkit.calibration.weights import CheckpointWeights
+        from quantkit.torch_setup import fast_dtype, torch_settings
+
+        job = self.job
+        weights = CheckpointWeights(job.checkpoint, self.files)
+        skeleton = Skeleton(job.checkpoint.config, job.checkpoint.tensors, job.checkpoint.folder, job.device)
+        places = {p.name: p for layer in skeleton.inside for p in layer}
+        layers: list[dict[str, Streamed]] = [{} for _ in skeleton.layers]
+        for linear in job.linears:
+            layers[linear.layer][linear.module] = Streamed(
+                places[f"{linear.module}.weight"], linear.transposed, linear.expert
+            )
+        self.scratch.mkdir(exist_ok=True)
+        compute = fast_dtype(skeleton.device)
+        ids = torch.from_numpy(job.tokens.ids.copy())
+        found: dict[str, dict[str, float]] = {}
+        done = [e for e in self.journal.entries if "layer" in e]
+        gradients = next((e["gradients"] for e in self.journal.entries if "gradients" in e), None)
+        size = sum(spec.numel for spec in job.specs)
+        with torch_settings(job.threads or cores()), self.console.progress(3 * size) as progress:
+            if gradients is None:
+                short = ids[: SHORT[0], : SHORT[1]]
+                sums = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
+                    lambda index: self._passed(progress, layers[index], f"gradients, layer {index}")
+                )
+                gradients = {name: (part / short.numel()).tolist() for name, part in sums.items()}
+                self.journal.append([{"gradients": gradients}])
+            else:
+                progress.advance(2 * size)
+            with closing(Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute)) as stream:
+                if done and not _kept(stream, len(done)):
+                    done = []
+                for entry in done:
+                    found |= entry["losses"]
+                    stream.excluded = set(entry["excluded"])
+                    self._passed(progress, layers[entry["layer"]], "")
+                stream.begin(len(done))
+                for index in range(len(done), len(layers)):
+                    losses: dict[str, dict[str, float]] = {}
+
+                    def look(
+                        _: tuple[str, ...], seen: Statistics, losses: dict[str, Any] = losses
+                    ) -> Mapping[str, torch.Tensor]:
+                        losses |= _losses(seen, self.specs, gradients)
+                        return dict(seen.weights)
+
+                    stream.layer(index, look)
+                    entry = {"layer": index, "losses": losses, "excluded": sorted(stream.excluded)}
+                    self.journal.append([entry])
+                    found |= losses
+                    self._passed(progress, layers[index], f"losses, layer {index}")
+        return found
+
+    def _passed(self, progress: Progress, layer: Mapping[str, Any], what: str) -> None:
+        size = sum(self.specs[name].numel for name in layer)
+        progress.advance(size)
+        if what:
+            progress.unit(what, 2 * size)
+
+
+def _kept(stream: Any, layer: int) -> bool:
+    """Whether the hidden states that enter a layer are on disk."""
+    states = stream.states["quantized"][layer % 2]
+    return bool(states.path.stat().st_size == states.nbytes)
+
+
+def _losses(
+    seen: Statistics, specs: Mapping[str, WeightSpec], gradients: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, float]]:
+    """Of the linears that share an input, by mix, in nats a token."""
+    import torch
+
+    from quantkit.solvers.exl2 import Exl2Solver, Work, nearest, positions, solve
+    from quantkit.solvers.group import FEWEST_TOKENS
+    from quantkit.solvers.quadratic import row_losses
+
+    seen.complete()
+    factor = Exl2Solver({}, Work(0, 0), DAMP).factor(seen.hessian) if seen.tokens >= FEWEST_TOKENS else None
+    found: dict[str, dict[str, float]] = {}
+    for name, weight in seen.weights.items():
+        rows = torch.arange(0, len(weight), -(-len(weight) // SAMPLE))
+        some = weight[rows].float()
+        weighing = torch.tensor(gradients.get(name, [0.0] * len(weight)), dtype=torch.float64)
+        # The rows that stand for others do so in the sum of their gradients, too.
+        share = 0.5 * float(weighing.sum()) / max(float(weighing[rows].sum()), 1e-300) / max(seen.tokens, 1)
+        own: dict[str, float] = {}
+        for option in OPTIONS:
+            groups = Mix.parse(option).groups(specs[name].columns)
+            if factor is None:
+                place = positions(seen.hessian.diagonal().argsort(descending=True, stable=True))
+                coded = nearest(some, groups, place)
+            else:
+                coded = solve(some, seen.hessian, groups, factor, work=Work(0, 0), damp=DAMP).coded
+            lost = row_losses(some - torch.from_numpy(coded.restore()), seen.hessian)
+            own[option] = float(f"{float((lost * weighing[rows]).sum()) * share:.6g}")
+        found[name] = own
+    return found
