@@ -119,7 +119,9 @@ def expected_losses(found: Measurement) -> dict[float, float]:
     curve: dict[float, float] = {}
     for bits in (2.5, 3.0, 3.5, 4.0, 5.0, 6.0):
         with suppress(UsageError):  # below what these linears take at the least
-            curve[bits] = allocated(Exl2(bits=bits), specs, found.losses)[1].loss
+            loss = allocated(Exl2(bits=bits), specs, found.losses)[1].loss
+            assert loss is not None
+            curve[bits] = loss
     return curve
 
 

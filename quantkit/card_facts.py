@@ -98,7 +98,7 @@ class CardFacts:
     error_note: str
     nonfinite: tuple[tuple[str, int], ...]  # kind of module, weights that are NaN or infinite in the source
     files: tuple[FileRow, ...]
-    loader: Literal["transformers", "quantkit", "gptqmodel", "none"]
+    loader: Literal["transformers", "quantkit", "gptqmodel", "exllamav2", "none"]
     chat: bool
     warnings: tuple[str, ...]
     config: Mapping[str, Any]
@@ -114,5 +114,6 @@ class CardFacts:
     context: int | None = None  # longest sequence in tokens
     calibration: Mapping[str, Any] | None = None  # as in the manifest
     pruning: Pruning | None = None
+    allocation: Mapping[str, Any] | None = None  # as in the manifest, of a method that mixes bits
     solved: bool = True  # whether a calibrated method looked at what its errors do to outputs
     old_reference: bool = False  # for the reference program of 2023

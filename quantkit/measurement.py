@@ -128,11 +128,11 @@ Losses = Mapping[str, Mapping[str, float]]  # in nats a token, by module and mix
 
 @dataclass(frozen=True)
 class Allocated:
-    """bits: per weight of all linears, companions included. loss: expected, in nats a token; bound: no allocation from
-    these losses can have less. assumed: nothing was measured."""
+    """bits: per weight of all linears, companions included. loss: expected, in nats a token, None where nothing was
+    measured; bound: no allocation from these losses can have less. assumed: a stand-in decided."""
 
     bits: float
-    loss: float
+    loss: float | None
     bound: float
     assumed: bool
 
@@ -172,7 +172,7 @@ def allocated(params: Exl2, specs: Sequence[WeightSpec], losses: Losses | None) 
         ) from None
     chosen = {module: mixes[module][found.chosen[module]] for module in modules}
     assumed = losses is None and not chosen.keys() <= pinned.keys()
-    how = Allocated(found.cost / weights, found.loss, found.bound, assumed)
+    how = Allocated(found.cost / weights, None if losses is None else found.loss, found.bound, assumed)
     return params.model_copy(update={"mixes": chosen, "measurement": None}), how
 
 

@@ -185,7 +185,7 @@ def make_plan(
         recipe, origin, chosen.architecture or str(checkpoint.config.get("model_type")), identity, tuple(units), shards,
         (), config, target.layout, target.config_file, target.index_file, target.copies, target.generated,
         _memory(units, recipe, chosen, target, checkpoint, tokens), tuple(warnings), {},
-        tokens, _streams(recipe, tokens),
+        tokens, _streams(recipe, tokens), chosen.allocation,
     )  # fmt: skip
     loader, _ = _loader(recipe, chosen, target)
     draft = draft_manifest(plan, checkpoint, target, chosen.selection, loader)

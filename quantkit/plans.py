@@ -14,6 +14,7 @@ from quantkit.checkpoint.header import TensorInfo
 from quantkit.checkpoint.torch_zip_writer import TorchZipPlan
 from quantkit.checkpoint.views import SourceTensor
 from quantkit.layouts import CopiedFile
+from quantkit.measurement import Allocated
 from quantkit.memory import MemoryPlan
 from quantkit.methods.base import WeightSpec
 from quantkit.recipe import Recipe
@@ -99,6 +100,7 @@ class Plan:
     draft: Mapping[str, Any]  # the manifest without what only the run can measure
     tokens: Tokens | None = None  # what a calibrated method looks at
     streams: tuple[str, ...] = ()  # the models that are followed through it: quantized, and perhaps full
+    allocation: Allocated | None = None  # of a method that mixes bits
 
     @property
     def encoded(self) -> tuple[Unit, ...]:
@@ -180,6 +182,7 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "pruned": None if self.recipe.prune is None else dict(zip(("weights", "of"), self.to_prune, strict=True)),
             "model_bits_per_weight": self.model_bits_per_weight,
+            "allocation": None if self.allocation is None else asdict(self.allocation),
             "disk_bytes": self.disk,
             "passes_over_source": self.passes,
             "calibration": None if self.tokens is None else self.tokens.to_json(),

@@ -20,6 +20,7 @@ from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
 from quantkit.card_facts import Pruning, SparsityRow
 from quantkit.errors import RunError
 from quantkit.layouts import Checkpoint, Target
+from quantkit.measurement import Allocated
 from quantkit.methods import find_method
 from quantkit.methods.base import Report, Selection
 from quantkit.parent_card import ParentCard, read_parent_card
@@ -113,6 +114,8 @@ def draft_manifest(
             **{name: version(name) for name in ("numpy", "numba", *(LAYER_LIBRARIES if plan.tokens else ()))},
         },
     }
+    if plan.allocation is not None:
+        table["allocation"] = _allocation(plan, plan.allocation)
     if plan.tokens is not None:
         table["calibration"] = plan.tokens.to_json()
     if (prune := plan.recipe.prune) is not None:
@@ -121,6 +124,27 @@ def draft_manifest(
     if target.recorded:
         table["recorded"] = dict(target.recorded)
     return table
+
+
+def _allocation(plan: Plan, found: Allocated) -> dict[str, Any]:
+    """How bits were shared out: by kind of module, bits per weight on disk, and what that is expected to cost."""
+    kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for unit in plan.quantized:
+        assert unit.linear is not None
+        bits = 8 * sum(t.nbytes for t in unit.outputs) / unit.source.numel
+        kinds[unit.linear.kind].append((bits, unit.source.numel))
+    rows = [
+        {
+            "kind": kind,
+            "tensors": len(own),
+            "bits": round(sum(bits * n for bits, n in own) / sum(n for _, n in own), 3),
+            "least": round(min(own)[0], 3),
+            "most": round(max(own)[0], 3),
+        }
+        for kind, own in kinds.items()
+    ]
+    known = {} if found.loss is None else {"expected_kl": _short(found.loss), "bound": _short(found.bound)}
+    return {"bits": round(found.bits, 4), **known, "rows": rows}
 
 
 def _about(plan: Plan, selection: Selection) -> dict[str, Any]:
@@ -325,6 +349,7 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
         calibration=manifest.get("calibration"),
         pruning=_pruning(manifest),
         solved=_solved(manifest["recipe"]),
+        allocation=manifest.get("allocation"),
         nonfinite=(("pruned tensors" if method["bits"] is None else "quantized tensors", manifest["nonfinite"]),)
         if "nonfinite" in manifest
         else (),
@@ -419,7 +444,7 @@ def _prune_options(prune: Mapping[str, Any]) -> list[str]:
 
 # Keys of a recipe's quantize block, and the values that need not be said.
 _SAID = {"group_size": None, "act_order": "static", "effort": "default", "damp": 0.03, "checkpoint_format": "gptq",
-         "format": "gptq"}  # fmt: skip
+         "format": "gptq", "min_bits": 0.0, "max_bits": 9.0}  # fmt: skip
 
 
 def _method_options(quantize: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +137,7 @@ def unpack(tensors: Mapping[str, Array], spec: WeightSpec, mix: Mix) -> Exl2Code
     return Exl2Coded(groups, codes, np.ascontiguousarray(unpack_columns(scales, 4).T), maxima, position)
 
 
-def read_mix(columns: int, table: npt.NDArray[np.int16], words: int) -> Groups:
+def read_groups(columns: int, table: npt.NDArray[np.int16], words: int) -> Groups:
     """The groups that q_groups speaks of, in a folder of whatever origin. ValueError where it makes no sense."""
     if table.ndim != 1 or table.size % 2 or not table.size:
         raise ValueError("q_groups is not a list of pairs")
@@ -156,7 +155,3 @@ def read_mix(columns: int, table: npt.NDArray[np.int16], words: int) -> Groups:
     if sum(rows) != columns:
         raise ValueError(f"the groups have {sum(rows):,} rows in all, the inputs are {columns:,}")
     return Groups(tuple(bits), tuple(rows))
-
-
-def parsed(values: Mapping[str, Any]) -> dict[str, Mix]:
-    return {str(name): Mix.parse(str(text)) for name, text in values.items()}
