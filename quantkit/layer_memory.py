@@ -17,6 +17,8 @@ FLOAT = 4
 # Of a part of a weight, for each thread; solvers.threads has the same numbers, beside torch, which no plan loads.
 MOST, LEAST, LARGEST = 256, 64, 2**20
 HOLES = 0.25  # what the heap keeps of freed blocks and of copies that products made: measured on a layer of a 7B model
+# Of measuring: rows and tokens that go forward and back, tokens whose logits are there at a time (measurer, sensitivity).
+SHORT_ROWS, SHORT, TOKENS = 8, 512, 64
 PART = 12 * FLOAT  # bytes for each weight of these: its error, what is left to round, products, codes
 
 
@@ -36,30 +38,21 @@ class StreamShape:
     """What the plan knows of the stream: rows of calibration text and their length, the width of the hidden states,
     the number of embedding rows in use at the most, and whether the full-precision model is followed; whether Hessians
     are made, or the norms of inputs are enough. made: bytes for each weight of the largest linear, beside what a solver
-    of codes takes: masks, a pruned weight, what it is encoded to and decoded from."""
-
-    rows: int
-    length: int
-    width: int
-    embedding: int
-    full: bool
-    hessian: bool = True
-    made: int = 0
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """Bytes of RAM by purpose while layers are solved; scratch: bytes of disk."""
+    of codes takes: masks, a pruned weight, what it is encoded to and decoded from. head: of a run that measures first
+    what linears are worth, numbers in the head's matrix, and in one row of logits.
+    """Bytes of RAM by purpose while layers are solved; gradients: while a run goes back through the model; scratch:
+    bytes of disk."""
 
     base: int
     weights: int
     solver: int
     activations: int
     scratch: int
+    gradients: int = 0
 
     @property
     def peak(self) -> int:
-        return self.base + self.weights + self.solver + self.activations
+        return self.base + self.weights + max(self.solver + self.activations, self.gradients)
 
 
 def plan_layers(
@@ -78,7 +71,13 @@ def plan_layers(
     streams = 2 if stream.full else 1  # two files of hidden states, and what linears get, for each
     scratch = FLOAT * tokens * streams * (2 * stream.width + (inputs if stream.hessian else 0))
     weights = max(FLOAT * stream.embedding * stream.width, *map(_weights, layers))
-    memory = LayerMemory(base, weights, solver, activations, scratch)
+    gradients = 0
+    if stream.head is not None:
+        matrix, vocabulary = stream.head
+        saved = FLOAT * min(stream.length, SHORT) * (12 * stream.width + 6 * largest)
+        gradients = max(saved, FLOAT * matrix + 6 * FLOAT * TOKENS * vocabulary)
+        scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * stream.width * (len(layers) + 2))
+    memory = LayerMemory(base, weights, solver, activations, scratch, gradients)
     if limit is not None and memory.peak > limit:
         raise UsageError(
             f"--max-memory {limit / MIB:,.0f} MiB is too little: this job needs {memory.peak / MIB:,.0f} MiB",

@@ -408,6 +408,9 @@ def _unit(source: SourceTensor, chosen: _Chosen, recipe: Recipe, target: Target,
     head_dim = 0 if quantized else target.head_dims.get(source.name, 0)
     outputs: tuple[TensorInfo, ...] = (TensorInfo(target.names[source.name], source.dtype, source.shape, "", 0),)
     if not (quantized or pruned):
+        others = recipe.quantize.implementation.others if recipe.quantize is not None else None
+        if others is not None and source.dtype in FLOATS:
+            outputs = (replace(outputs[0], dtype=others),)
         granule = math.lcm(source.granule, head_dim * source.columns or 1)
         return Unit(source, outputs, head_dim=head_dim, granule=granule)
     linear = chosen.quantized[source.name] if quantized else chosen.pruned[source.name]
@@ -487,7 +490,10 @@ def _memory(
         width = architectures.hidden_width(checkpoint.config)
         used = len(set(tokens.ids.ravel().tolist()))
         full, hessian = "full" in _streams(recipe, tokens), recipe.needs == "hessian"
-        stream = StreamShape(rows, length, width, used, full, hessian, _made(recipe, units))
+        head = None
+        if recipe.quantize is not None and recipe.quantize.implementation.mixed:
+            head = width * int(checkpoint.config["vocab_size"]), int(checkpoint.config["vocab_size"])
+        stream = StreamShape(rows, length, width, used, full, hessian, _made(recipe, units), head)
         limit, device = recipe.resources.max_memory, recipe.resources.device
         threads = recipe.resources.threads or cores()
         layers = plan_layers(_layers(units), stream, threads=threads, limit=limit, device=device)
@@ -549,7 +555,7 @@ def _copies(unit: Unit, *, checked: bool) -> float:
         return (10 if unit.quantized else 6) + arranged
     if unit.linear is not None:  # what it encodes to: at most half of it (int8 from 16 bits)
         return 0.5 + unit.linear.transposed + arranged
-    written = unit.head_dim > 0
+    written = (unit.head_dim > 0) + 3 * unit.cast
     # Read back, turned back step by step, and compared eight bytes at a time.
     return arranged + written + (1.25 + written + arranged if checked else 0)
 

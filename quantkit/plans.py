@@ -36,10 +36,10 @@ class Origin:
 class Unit:
     """The smallest thing committed: one tensor of the model and what is written for it.
 
-    `linear` and `weight` are set where it is quantized or pruned, or both; otherwise its elements are copied. What is
-    not quantized has a single output, with the rows of each head of `head_dim` in pairs where that is not 0. A unit is
-    worked on in runs of whole granules, in elements; 0: all at once. `calibrated`: it is solved with its layer, see
-    layer_runner.
+    `linear` and `weight` are set where it is quantized or pruned, or both; otherwise its elements are copied, or cast
+    to the output's dtype. What is not quantized has a single output, with the rows of each head of `head_dim` in pairs
+    where that is not 0. A unit is worked on in runs of whole granules, in elements; 0: all at once. `calibrated`: it
+    is solved with its layer, see layer_runner.
     """
 
     source: SourceTensor
@@ -55,6 +55,11 @@ class Unit:
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def cast(self) -> bool:
+        """Whether it is copied into another dtype."""
+        return self.linear is None and self.outputs[0].dtype != self.source.dtype
 
     @property
     def reordered(self) -> bool:

@@ -70,7 +70,7 @@ def draft_manifest(
     kept: dict[str, int] = defaultdict(int)
     for unit in plan.units:
         if not unit.quantized if plan.recipe.quantize is not None else unit.linear is None:
-            kept[_kind(unit.name)] += unit.source.nbytes
+            kept[_kind(unit.name)] += sum(t.nbytes for t in unit.outputs)
     table: dict[str, Any] = {
         "format": FORMAT,
         "quantkit": __version__,

@@ -122,7 +122,7 @@ def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: boo
 
 
 def _checked(plan: Plan) -> str:
-    copied = [u for u in plan.units if u.linear is None]
+    copied = [u for u in plan.units if u.linear is None and not u.cast]
     decoded = sum(u.source.scales is not None for u in copied)
     same = f"{len(copied) - decoded:,} tensors mapped back, each equal to the source bit for bit"
     return same + (f"; {decoded:,} from FP8 equal to what was decoded" if decoded else "")
@@ -176,7 +176,7 @@ class _Run:
         self.plan, self.checkpoint, self.files, self.writer, self.console = plan, checkpoint, files, writer, console
         self.reports = dict(done)
         # What an earlier run wrote and can be compared is compared again: since then anything may have happened to it.
-        self.again = {u.name for u in plan.units if plan.checked and u.linear is None and u.name in done}
+        self.again = {u.name for u in plan.units if plan.checked and u.linear is None and not u.cast and u.name in done}
         done = {name: report for name, report in done.items() if name not in self.again}
         # Those to be solved among them: a fault in the last layer should not be found after hours.
         self.pending = [u for u in plan.units if u.name not in done]
@@ -280,8 +280,10 @@ class _Run:
         if unit.calibrated:
             return False
         if state.encoder is None:
-            offset = main.offset + start * DTYPE_BITS[source.dtype] // 8
-            if not (unit.name in self.again and self._maps_back(unit, raw, x, offset)):
+            offset = main.offset + start * DTYPE_BITS[main.dtype] // 8
+            if unit.cast:
+                self.writer.write(main.file, offset, self._cast(unit, start, x))
+            elif not (unit.name in self.again and self._maps_back(unit, raw, x, offset)):
                 self.writer.write(main.file, offset, to_pairs(x, unit.head_dim, source.columns) if unit.head_dim else x)
                 if self.plan.checked and not self._maps_back(unit, raw, x, offset):
                     raise RunError(
@@ -306,6 +308,20 @@ class _Run:
         self.seal.tensor(unit)
         self.committer.put(unit, report)
         return True
+
+    def _cast(self, unit: Unit, start: int, x: Array) -> Array:
+        """Elements in fp16. NotFiniteError for one that it cannot hold."""
+        from quantkit.kernels.floats import first_nonfinite, to_float16
+
+        found = to_float16(x, unit.source.dtype)
+        at = first_nonfinite(found, "F16")
+        if at >= 0 and not self.plan.recipe.allow_nonfinite:
+            index = ", ".join(map(str, np.unravel_index(start + at, unit.source.shape)))
+            raise NotFiniteError(
+                f"tensor {unit.name!r} holds a number at [{index}] that fp16 cannot, and the format has no other",
+                where=f"{self.files.folder}/{unit.source.file}", hint="use --method gptq or bnb",
+            )  # fmt: skip
+        return to_pairs(found, unit.head_dim, unit.source.columns) if unit.head_dim else found
 
     def _maps_back(self, unit: Unit, raw: list[Array], x: Array, offset: int) -> bool:
         """Reads a slab that was written, undoes every step, and compares with the bytes that were read. FP8 has no way

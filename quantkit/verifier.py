@@ -304,8 +304,9 @@ class _Check:
             self._compare_pruned(checkpoint, files, source, parent_files, row)
             return
         if not row.quantized:
-            if _same_elements(checkpoint.tensors[row.name], files, source, parent_files):
-                self.equal += 1
+            found = checkpoint.tensors[row.name]
+            if _same_elements(found, files, source, parent_files):
+                self.equal += found.dtype == source.dtype
             else:
                 self.problems.append(f"tensor {row.name!r}: not equal to the source, though it was only copied")
             return
@@ -404,8 +405,12 @@ class _Row:
         return WeightSpec(self.name.removesuffix(".weight"), self.spec.dtype, rows, columns)
 
     def outputs(self, quantize: Quantize | None) -> tuple[TensorSpec, ...]:
-        if not self.quantized or quantize is None:
+        if quantize is None:
             return (self.spec,)
+        if not self.quantized:
+            others = quantize.implementation.others
+            cast = others is not None and self.spec.dtype in FLOATS and not self.pruned
+            return (TensorSpec(self.name, str(others), self.spec.shape) if cast else self.spec,)
         return quantize.implementation.outputs(self.weight, quantize.params)
 
 
@@ -447,13 +452,20 @@ class _Elements:
 
 
 def _same_elements(a: SourceTensor, a_files: SourceFiles, b: SourceTensor, b_files: SourceFiles) -> bool:
-    if (a.dtype, a.numel) != (b.dtype, b.numel):
+    """Whether `a` holds the elements of `b`, or these in fp16."""
+    cast = (a.dtype, b.dtype) in (("F16", "F32"), ("F16", "BF16"))
+    if a.numel != b.numel or (a.dtype != b.dtype and not cast):
         return False
     granule = 0 if a.turned or b.turned else math.lcm(a.granule, b.granule)
-    size = slab_elements(a, granule, SLAB)
+    size = slab_elements(b, granule, SLAB)
     for start in range(0, a.numel, size or 1):
         n = min(size, a.numel - start)
-        if not same_bytes(elements(a, a_files, start, n), elements(b, b_files, start, n)):
+        wanted = elements(b, b_files, start, n)
+        if cast:
+            from quantkit.kernels.floats import to_float16
+
+            wanted = to_float16(wanted, b.dtype)
+        if not same_bytes(elements(a, a_files, start, n), wanted):
             return False
     return True
 

@@ -68,6 +68,13 @@ def _first_at_or_above(x, infinite, magnitude):  # type: ignore[no-untyped-def]
     return -1
 
 
+def to_float16(x: Bits, dtype: str) -> Bits:
+    """Bit patterns of a dtype as those of the nearest fp16 numbers; infinite where they are beyond its range."""
+    with np.errstate(over="ignore"):
+        found: Bits = to_float32(x, dtype).astype(np.float16).view(np.uint16)
+    return found
+
+
 def first_nonfinite(x: Bits, dtype: str) -> int:
     """Index of the first infinity or NaN in the bit patterns x of that dtype, or -1."""
     infinite = INFINITE[dtype]

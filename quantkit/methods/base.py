@@ -138,8 +138,8 @@ class Method(Generic[P]):
     calibration.statistics.Statistics of linears that share their inputs, targets and masks (solvers.group). Of methods
     whose weights are codes: pack, these as the outputs; unpack, the inverse, which raises ValueError where outputs
     contradict each other. reader_config: keys that its readers look for in config.json beside those that are there.
-    mixed: linears differ in bits; `bits` is one of the parameters, a number that need not be whole, and that of the
-    method is 0.
+    others: the dtype of all other float tensors, if they are not left in their own. mixed: linears differ in bits;
+    `bits` is one of the parameters, a number that need not be whole, and that of the method is 0.
     """
 
     name: str
@@ -163,6 +163,7 @@ class Method(Generic[P]):
     pack: Callable[[Any, WeightSpec, P], dict[str, Array]] | None = None
     unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
     reader_config: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _config: {}
+    others: str | None = None
     mixed: bool = False
 
 

@@ -33,7 +33,7 @@ READ = frozenset(
 class Exl2(Parameters):
     """EXL2 (exllamav2): bits by linear."""
 
-    bits: float = Field(4.0, description="bits per weight of the linears together, at the most")
+    bits: float = Field(4.0, gt=0, le=8, description="bits per weight of the linears together, at the most")
     min_bits: float = Field(0.0, ge=0, le=8, description="bits per weight of every linear, at the least")
     max_bits: float = Field(9.0, gt=2, le=9, description="bits per weight of every linear, at the most")
     mixes: dict[str, str] = Field(default_factory=dict, description="mixes by module or pattern; others are allocated")
@@ -134,6 +134,7 @@ def _describe(params: Exl2) -> Description:
     settings = (
         ("Bits", f"at most {params.bits:g} per weight of the linears, in mixes of 2 to 8"),
         ("Format", f"EXL2, exllamav2 {VERSION}"),
+        ("Other tensors", "fp16"),
         ("Order of rounding", "by activation"),
         ("Aimed at", aims),
         ("Effort", params.effort),
@@ -161,6 +162,7 @@ METHOD = Method(
     describe=_describe,
     refuses=lambda spec, _: exl2_format.refuses(spec),
     reader_config=_reader_config,
+    others="F16",  # its kernels take no other bias
     loader=_loader,
     streams=_streams,
     solve=_solve,
