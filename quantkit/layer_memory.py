@@ -17,7 +17,7 @@ FLOAT = 4
 # Of a part of a weight, for each thread; solvers.threads has the same numbers, beside torch, which no plan loads.
 MOST, LEAST, LARGEST = 256, 64, 2**20
 HOLES = 0.25  # what the heap keeps of freed blocks and of copies that products made: measured on a layer of a 7B model
-# Of measuring: rows and tokens that go forward and back, tokens whose logits are there at a time (measurer, sensitivity).
+# Of measuring: rows and tokens that go forward and back, tokens whose logits are there at a time (see measurer).
 SHORT_ROWS, SHORT, TOKENS = 8, 512, 64
 PART = 12 * FLOAT  # bytes for each weight of these: its error, what is left to round, products, codes
 
@@ -39,7 +39,20 @@ class StreamShape:
     the number of embedding rows in use at the most, and whether the full-precision model is followed; whether Hessians
     are made, or the norms of inputs are enough. made: bytes for each weight of the largest linear, beside what a solver
     of codes takes: masks, a pruned weight, what it is encoded to and decoded from. head: of a run that measures first
-    what linears are worth, numbers in the head's matrix, and in one row of logits.
+    what linears are worth, numbers in the head's matrix, and in one row of logits."""
+
+    rows: int
+    length: int
+    width: int
+    embedding: int
+    full: bool
+    hessian: bool = True
+    made: int = 0
+    head: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class LayerMemory:
     """Bytes of RAM by purpose while layers are solved; gradients: while a run goes back through the model; scratch:
     bytes of disk."""
 
