@@ -99,8 +99,11 @@ def _losses(
             pass  # of another model, or of another text: it is measured again
     if not measuring or tokens is None:
         return None
+    allocated(params, specs, None)  # what cannot be had is refused before anything is measured
     resources = recipe.resources
-    job = Job(checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device)
+    job = Job(
+        checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device, recipe.allow_nonfinite
+    )
     return measure_job(job, path, console).losses
 
 
@@ -133,7 +136,9 @@ def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> M
     checkpoint = open_checkpoint(folder, native=recipe.native.options)
     linears, specs = linears_to_mix(recipe, checkpoint)
     tokens, resources = tokens_for(recipe, checkpoint), recipe.resources
-    job = Job(checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device)
+    job = Job(
+        checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device, recipe.allow_nonfinite
+    )
     return measure_job(job, expand(str(out)), console)
 
 

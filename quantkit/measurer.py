@@ -9,11 +9,13 @@ tall ones some rows stand for all.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from quantkit.architectures import Linear
 from quantkit.calibration.data import Tokens
@@ -22,10 +24,10 @@ from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, Progress
-from quantkit.errors import Interrupted, OutputError
+from quantkit.errors import Interrupted, NotFiniteError, OutputError
 from quantkit.layouts import Checkpoint
 from quantkit.measurement import FORMAT, LinearLosses, Measurement, digest_of_weights
-from quantkit.methods.base import WeightSpec
+from quantkit.methods.base import Array, WeightSpec
 from quantkit.methods.exl2 import OPTIONS
 from quantkit.methods.exl2_format import Mix
 from quantkit.version import __version__
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 ROWS, SHORT = 16, (8, 512)  # calibration rows that are looked at; rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
 DAMP = 0.03
+UNSEEN = {"8_128": 0.0}  # of linears outside of the layers, of whose inputs nothing is known
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Job:
     tokens: Tokens
     threads: int | None
     device: str
+    allow_nonfinite: bool = False
 
 
 def workplace(path: Path) -> Path:
@@ -88,18 +92,59 @@ def measure(job: Job, path: Path, console: Console) -> Measurement:
         found = Measurement(
             format=FORMAT, quantkit=__version__, source=job.source, weights=weights, text=job.tokens.name,
             tokens=job.tokens.sha256, rows=rows_, length=length,
-            linears={s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=rows[s.module]) for s in job.specs},
+            linears={
+                s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=rows.get(s.module, UNSEEN))
+                for s in job.specs
+            },
         )  # fmt: skip
         write_file(path, found.to_bytes())
         journal.remove()
         shutil.rmtree(work, ignore_errors=True)
         return found
+    except NotFiniteError:
+        journal.remove()
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted; what is measured is kept", where=str(work), hint="the same command takes up where it stopped"
         ) from None
     finally:
         journal.close()
+
+
+class _Looked:
+    """A model's tensors; those of linears are looked through for what is not finite as they are read."""
+
+    def __init__(self, inner: CheckpointWeights, job: Job) -> None:
+        self.inner, self.job = inner, job
+        self.linears = {f"{spec.module}.weight" for spec in job.specs}
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.inner.names
+
+    def read(self, name: str) -> torch.Tensor:
+        from quantkit.kernels.floats import first_nonfinite, zero_nonfinite
+
+        tensor = self.inner.tensors[name]
+
+        def look(flat: Array) -> None:
+            at = first_nonfinite(flat, tensor.dtype) if name in self.linears else -1
+            if at >= 0 and not self.job.allow_nonfinite:
+                index = ", ".join(map(str, np.unravel_index(at, tensor.shape)))
+                raise NotFiniteError(
+                    f"tensor {name!r} holds a NaN or an infinity at [{index}]",
+                    where=f"{self.job.checkpoint.folder}/{tensor.file}",
+                    hint="fetch or train the model again; --allow-nonfinite takes such values for zero",
+                )
+            if at >= 0:
+                zero_nonfinite(flat, tensor.dtype)
+
+        return self.inner.read(name, look)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        return self.inner.read_rows(name, rows)
 
 
 class _Run:
@@ -119,11 +164,11 @@ class _Run:
         from quantkit.torch_setup import fast_dtype, torch_settings
 
         job = self.job
-        weights = CheckpointWeights(job.checkpoint, self.files)
+        weights = _Looked(CheckpointWeights(job.checkpoint, self.files), job)
         skeleton = Skeleton(job.checkpoint.config, job.checkpoint.tensors, job.checkpoint.folder, job.device)
         places = {p.name: p for layer in skeleton.inside for p in layer}
         layers: list[dict[str, Streamed]] = [{} for _ in skeleton.layers]
-        for linear in job.linears:
+        for linear in (x for x in job.linears if x.layer >= 0):
             layers[linear.layer][linear.module] = Streamed(
                 places[f"{linear.module}.weight"], linear.transposed, linear.expert
             )

@@ -111,14 +111,14 @@ def test_it_predicts_like_its_parent_and_better_with_more_bits(made: tuple[Path,
     (tmp_path / "text.txt").write_text(TEXT[::-1])
     measured = str(out) + ".measurement.json"
     divergence = []
-    for bits in (3.0, 4.5, 6.5):
+    for bits in (3.6, 4.5, 6.5):
         folder = tmp_path / str(bits)
         quantkit.quantize(source, folder, recipe(source, bits, measurement=measured))
         found = api.evaluate(folder, str(tmp_path / "text.txt"), against=str(source), windows=4, length=64)
-        assert found.comparison is not None
-        divergence.append(found.comparison.kl)
+        assert found.against is not None
+        divergence.append(found.against.kl)
         expected = manifest(folder)["allocation"]["expected_kl"]
-        assert expected / 4 < found.comparison.kl < 4 * expected
+        assert expected / 4 < found.against.kl < 4 * expected
     assert divergence[0] > 2 * divergence[1] > 4 * divergence[2]
 
 
@@ -174,7 +174,7 @@ def test_interrupted_while_measuring(tmp_path: Path) -> None:
         str(source / "calib.txt"), "--calib-samples", "8", "--calib-length", "64",
     ]  # fmt: skip
     journal = tmp_path / "m.json.work" / ".quantkit" / "journal"
-    for lines in (1, 2, 4):
+    for lines in (1, 3):
         process = subprocess.Popen(command)
         while process.poll() is None:
             if journal.exists() and journal.read_bytes().count(b"\n") > lines:
@@ -199,17 +199,17 @@ def test_mixes_that_are_given_and_bounds(made: tuple[Path, Path], tmp_path: Path
     assert "8_128" not in {mix for name, mix in found.items() if "down_proj" not in name}
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
 def test_other_architectures(tmp_path: Path, kind: str) -> None:
     source = build(tmp_path / "source", kind)
     quantkit.quantize(source, tmp_path / "out", recipe(source, 5))
     assert not quantkit.verify(tmp_path / "out", source=str(source)).problems
     facts = manifest(tmp_path / "out")
-    assert facts["result"]["loader"] == ("exllamav2" if kind in ("mixtral", "gemma3_text") else "none")
+    assert facts["result"]["loader"] == ("exllamav2" if kind == "mixtral" else "none")
     (tmp_path / "text.txt").write_text(TEXT[::-1])
     found = api.evaluate(tmp_path / "out", str(tmp_path / "text.txt"), against=str(source), windows=2, length=64)
-    assert found.comparison is not None
-    assert found.comparison.kl < 1
+    assert found.against is not None
+    assert found.against.kl < 1
 
 
 def test_pruned_too(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_damage_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"bits": 1.5}, "1.5 bits per weight are too few: these linears take 2"),
+    ({"bits": 1.5}, "1.5 bits per weight are too few: these linears take 3"),
     ({"bits": 9}, "quantize.bits: input should be less than or equal to 8"),
     ({"bits": 0}, "quantize.bits: input should be greater than 0"),
     ({"bits": "four"}, "quantize.bits"),
@@ -289,6 +289,18 @@ def test_a_stale_measurement_beside_the_output_is_made_again(made: tuple[Path, P
     assert Measurement.model_validate_json(beside.read_text()).rows == 7
 
 
+def test_a_value_that_is_not_finite(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotFiniteError, match=r"down_proj.weight' holds a NaN or an infinity at \[3, 4\]"):
+        quantkit.quantize(source, tmp_path / "out", recipe(source))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    quantkit.quantize(source, tmp_path / "out", {**recipe(source), "allow_nonfinite": True})
+    assert not quantkit.verify(tmp_path / "out").problems
+
+
 def test_what_fp16_cannot_hold(tmp_path: Path) -> None:
     source = build(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
@@ -304,5 +316,5 @@ def test_more_bits_are_never_expected_to_lose_more(made: tuple[Path, Path]) -> N
     found = Measurement.model_validate_json(Path(str(out) + ".measurement.json").read_text())
     curve = list(api.expected_losses(found).values())
     assert curve == sorted(curve, reverse=True)
-    assert len(curve) >= 5
+    assert len(curve) >= 4
     assert Exl2().bits == 4

@@ -444,7 +444,7 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
 
 
 WIDE = {
-    "hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4,
     "num_hidden_layers": 1,
 }  # fmt: skip
 
