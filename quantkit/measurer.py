@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.calibration.statistics import Statistics
+    from quantkit.calibration.weights import CheckpointWeights
 
 ROWS, SHORT = 16, (8, 512)  # calibration rows that are looked at; rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
