@@ -484,11 +484,17 @@ def _outcome_text(outcome: Outcome) -> str:
             f"{outcome.units:,}" + (f", {outcome.reused:,} kept from an earlier run" if outcome.reused else ""),
         ),
         *([("checked", outcome.checked)] if outcome.checked else []),
+        *([("zeros", _zeros_text(outcome.zeros, outcome.source_zeros))] if outcome.zeros is not None else []),
         ("seconds", f"{outcome.seconds:.1f}"),
         ("peak RAM", human_bytes(outcome.peak_rss)),
         ("card", str(outcome.out / "README.md")),
     ]
     return table(rows)
+
+
+def _zeros_text(zeros: int, before: int | None) -> str:
+    sparse = f"; the source was sparse already, {before:,} of them were zero" if before and before > zeros / 100 else ""
+    return f"{zeros:,} in the pruned layers{sparse}"
 
 
 def _usage_error(e: click.ClickException) -> UsageError:

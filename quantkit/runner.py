@@ -50,7 +50,8 @@ READERS = 2  # so that the disk always has a request to work on
 @dataclass(frozen=True)
 class Outcome:
     """How a run went. `reused` counts the units that an earlier, interrupted run had committed; `checked` says in words
-    what was mapped back and compared; `zeros` counts those of the pruned tensors, as they were written."""
+    what was mapped back and compared; `zeros` counts those of the pruned tensors, as they were written, and
+    `source_zeros` those that the source had there."""
 
     out: Path
     already_done: bool
@@ -60,6 +61,7 @@ class Outcome:
     reused: int
     checked: str
     zeros: int | None = None
+    source_zeros: int | None = None
 
 
 def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, force: bool = False) -> Outcome:
@@ -112,8 +114,12 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         raise write_error(e, Path(e.filename or out)) from None
     finally:
         journal.close()
-    zeros = sum(measured.reports[u.name].zeros for u in plan.pruned) if plan.pruned else None
-    return replace(_outcome(out, plan, started, len(done)), zeros=zeros)
+    outcome = _outcome(out, plan, started, len(done))
+    if not plan.pruned:
+        return outcome
+    reports = [measured.reports[u.name] for u in plan.pruned]
+    zeros, before = sum(r.zeros for r in reports), sum(r.source_zeros for r in reports)
+    return replace(outcome, zeros=zeros, source_zeros=before)
 
 
 def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: bool = False) -> Outcome:

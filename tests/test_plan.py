@@ -291,7 +291,17 @@ def test_json_of_each_verb(tiny: Tiny, tmp_path: Path, quantkit: Run) -> None:
         "files", "tensors", "linears", "quantized", "pruned", "sparsity", "problems",
     }  # fmt: skip
     done = json_of(quantkit("quantize", source, "-o", out, "--json"))
-    assert set(done) == {"out", "already_done", "seconds", "peak_rss", "units", "reused", "checked", "zeros"}
+    assert set(done) == {
+        "out",
+        "already_done",
+        "seconds",
+        "peak_rss",
+        "units",
+        "reused",
+        "checked",
+        "zeros",
+        "source_zeros",
+    }
     verified = json_of(quantkit("verify", out, "--json"))
     assert set(verified) == {
         "sound", "problems", "files", "tensors", "quantized", "compared", "equal", "equal_but_zeros", "errors",

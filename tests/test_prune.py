@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -325,6 +326,16 @@ def test_a_source_that_is_sparse_already(tmp_path: Path) -> None:
     assert "25.000%" not in quantkit.inspect(str(source)).text()
     counted = {k.kind: k for k in quantkit.inspect(str(source), sparsity=True).sparsity}
     assert counted["mlp.up_proj"].zeros == weight.numel() // 4
+
+
+def test_an_already_sparse_source_is_reported(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    run(source, tmp_path / "once", recipe(source, method="magnitude", sparsity=0.25))
+    command = [sys.executable, "-m", "quantkit", "prune", "once", "-o", "twice", "--method", "magnitude", "--quiet"]
+    done = subprocess.run([*command, "--sparsity", "0.5"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.search(
+        r"zeros .* in the pruned layers; the source was sparse already, [\d,]+ of them were zero", done.stdout
+    )
 
 
 def test_quantizing_a_pruned_folder_is_warned_of(tmp_path: Path) -> None:
