@@ -30,7 +30,7 @@ METHODS = {
 }
 KEYS = {
     "layout", "plan_hash", "source", "architecture", "recipe", "parameters", "source_bytes", "weight_bytes",
-        "pruned", "bits_per_weight", "model_bits_per_weight", "disk_bytes", "passes_over_source",
+        "pruned", "allocation", "bits_per_weight", "model_bits_per_weight", "disk_bytes", "passes_over_source",
         "calibration", "scratch_bytes",
         "memory", "files", "tensors",
         "warnings"}  # fmt: skip
