@@ -353,7 +353,7 @@ BAD_OPTIONS = [
     (["--method", "bmb"], "unknown method 'bmb'", "did you mean 'bnb'?"),
     (["--metod", "bnb"], "No such option '--metod'", "see `quantkit quantize --help`"),
     (["--bits", "5"], "method bnb has no 5-bit form", "use --bits 4 or 8"),
-    (["--bits", "x"], "'x' is not a valid integer", "see `quantkit quantize --help`"),
+    (["--bits", "x"], "'x' is not a number", "see `quantkit quantize --help`"),
     (["--quant-type", "nf5"], "quantize.quant_type: input should be 'nf4' or 'fp4'", "it is 'nf5'"),
     (["--bits", "8", "--quant-type", "nf4"], "quant_type does not apply to bnb with 8 bits", "leave it out"),
     (["--skip", "lm_haed"], "the pattern 'lm_haed' matches no tensor", "a name looks like 'model.layers."),

@@ -265,11 +265,13 @@ def test_weights_that_are_packed() -> None:
 def test_planning_imports_neither_torch_nor_numba() -> None:
     code = (
         "import sys\n"
+        "from quantkit.measurement import allocated\n"
         "from quantkit.methods import METHODS\n"
         "from quantkit.methods.base import Selection, WeightSpec\n"
         "spec, selection = WeightSpec('h.0.a', 'F16', 64, 128), Selection(('h.0.a',), (), ())\n"
         "for method in METHODS.values():\n"
         "    params = method.resolve(method.params(), [spec])\n"
+        "    params = allocated(params, [spec], None)[0] if method.mixed else params\n"
         "    method.outputs(spec, params), method.granule(spec), method.refuses(spec, params)\n"
         "    method.config(params, 'F16', selection), method.describe(params), method.reader_notes(selection, params)\n"
         "assert not {'torch', 'numba'} & sys.modules.keys()\n"
