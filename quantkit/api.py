@@ -21,7 +21,7 @@ from quantkit.measurer import Job, seen
 from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import WeightSpec
 from quantkit.methods.exl2 import Exl2
-from quantkit.output import COMMITS
+from quantkit.output import COMMITS, check_place
 from quantkit.patterns import matches
 from quantkit.planner import linears_to_mix, make_plan, tokens_for
 from quantkit.plans import Origin, Plan
@@ -48,16 +48,24 @@ def plan(source: str | Path, recipe: Mapping[str, Any] | None = None) -> Plan:
 
 
 def plan_recipe(
-    recipe: Recipe, *, data_present: bool = False, measuring: bool = False, console: Console = _QUIET
+    recipe: Recipe,
+    *,
+    data_present: bool = False,
+    measuring: bool = False,
+    force: bool = False,
+    console: Console = _QUIET,
 ) -> tuple[Plan, Checkpoint]:
     """The plan and what it reads. With data_present=False a Hub model's weights are not fetched, only their headers.
-    measuring: whether what a method needs that mixes bits is measured where it is not known yet."""
+    measuring: whether what a method needs that mixes bits is measured where it is not known yet, for a run that may
+    replace what an earlier one left (`force`)."""
     # An official folder holds both layouts: what is to be written is then not what is read.
     prefer: Prefer = "mistral" if recipe.convert is not None and recipe.convert.to == "hf" else "hf"
     folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet, prefer=prefer)
     checkpoint = open_checkpoint(folder, data_present=data_present, native=recipe.native.options, prefer=prefer)
     losses = None
     if recipe.quantize is not None and recipe.quantize.implementation.mixed:
+        if measuring and recipe.output is not None:  # which may take hours, and be for nothing
+            check_place(expand(recipe.output), checkpoint.folder, force=force)
         losses = _losses(recipe, checkpoint, origin, data_present=data_present, measuring=measuring, console=console)
     return make_plan(recipe, checkpoint, origin, quiet=console.quiet, losses=losses), checkpoint
 
@@ -87,7 +95,8 @@ def _losses(
         return found.losses
     if recipe.output is None:
         return None
-    path = expand(recipe.output + MEASURED)
+    out = expand(recipe.output)
+    path = out.with_name(out.name + MEASURED)
     tokens = tokens_for(recipe, checkpoint) if path.exists() or measuring else None
     if path.exists() and tokens is not None:
         try:
@@ -100,11 +109,7 @@ def _losses(
     if not measuring or tokens is None:
         return None
     allocated(params, specs, None)  # what cannot be had is refused before anything is measured
-    resources = recipe.resources
-    job = Job(
-        checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device, recipe.allow_nonfinite
-    )
-    return measure_job(job, path, console).losses
+    return measure_job(Job.of(recipe, checkpoint, origin.name, linears, specs, tokens), path, console).losses
 
 
 def measure(
@@ -135,10 +140,7 @@ def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> M
     folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
     checkpoint = open_checkpoint(folder, native=recipe.native.options)
     linears, specs = linears_to_mix(recipe, checkpoint)
-    tokens, resources = tokens_for(recipe, checkpoint), recipe.resources
-    job = Job(
-        checkpoint, origin.name, linears, specs, tokens, resources.threads, resources.device, recipe.allow_nonfinite
-    )
+    job = Job.of(recipe, checkpoint, origin.name, linears, specs, tokens_for(recipe, checkpoint))
     return measure_job(job, expand(str(out)), console)
 
 
@@ -193,7 +195,7 @@ def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET
     if not recipe.output:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
     _check_device(recipe.resources.device)
-    job, checkpoint = plan_recipe(recipe, data_present=True, measuring=True, console=console)
+    job, checkpoint = plan_recipe(recipe, data_present=True, measuring=True, force=force, console=console)
     return execute(job, checkpoint, expand(recipe.output), console, force=force)
 
 

@@ -95,13 +95,14 @@ class LayerRun:
         from quantkit.calibration.blockwise import BlockStream
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Linear, Stream
+        from quantkit.calibration.weights import CheckpointWeights
         from quantkit.encoding import Encoding
         from quantkit.torch_setup import fast_dtype, torch_settings
 
         plan, self.done = self.plan, done
         prune, tokens = plan.recipe.prune, plan.tokens
         assert tokens is not None
-        weights = _Checked(self)
+        weights = CheckpointWeights(self.checkpoint, self.files, self._look)
         device = plan.recipe.resources.device
         skeleton = Skeleton(self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.folder, device)
         places = {p.name: p for layer in skeleton.inside for p in layer}
@@ -159,6 +160,12 @@ class LayerRun:
         self.committer.note({"sparsities": found})
         return LayersDone(sparsities=tuple(found))
 
+    def _look(self, name: str, flat: Array) -> None:
+        """Linears are looked through for what is not finite as they are read."""
+        unit = self.units.get(name.removesuffix(".weight"))
+        if unit is not None:
+            self.zeroed[unit.name] = self.check(unit, 0, flat)
+
     def _encode(self, name: str, norms: Norms) -> torch.Tensor:
         made = self.encoding.alone(name, norms)
         self._write(self.units[name], made)
@@ -185,27 +192,3 @@ class LayerRun:
         self.committer.put(unit, report)
         self.progress.advance(unit.source.nbytes)
         self.progress.unit(unit.name, unit.source.nbytes)
-
-
-class _Checked:
-    """The source's tensors, linears looked through for what is not finite as they are read."""
-
-    def __init__(self, run: LayerRun) -> None:
-        from quantkit.calibration.weights import CheckpointWeights
-
-        self.run, self.inner = run, CheckpointWeights(run.checkpoint, run.files)
-        self.units = {u.name: u for u in run.plan.units}
-
-    @property
-    def names(self) -> Any:
-        return self.inner.names
-
-    def read(self, name: str) -> torch.Tensor:
-        def look(flat: Array) -> None:
-            if (unit := self.units.get(name)) is not None and unit.calibrated:
-                self.run.zeroed[name] = self.run.check(unit, 0, flat)
-
-        return self.inner.read(name, look)
-
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        return self.inner.read_rows(name, rows)

@@ -8,19 +8,18 @@ tall ones some rows stand for all.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quantkit.architectures import Linear
 from quantkit.calibration.data import Tokens
 from quantkit.checkpoint.journal import FOLDER, Journal
-from quantkit.checkpoint.reader import SourceFiles
+from quantkit.checkpoint.reader import SourceFiles, not_finite
 from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, Progress
@@ -30,13 +29,13 @@ from quantkit.measurement import FORMAT, LinearLosses, Measurement, digest_of_we
 from quantkit.methods.base import Array, WeightSpec
 from quantkit.methods.exl2 import OPTIONS
 from quantkit.methods.exl2_format import Mix
+from quantkit.recipe import Recipe
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
     from quantkit.calibration.statistics import Statistics
-    from quantkit.calibration.weights import CheckpointWeights
 
 ROWS, SHORT = 16, (8, 512)  # calibration rows that are looked at; rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
@@ -46,16 +45,30 @@ UNSEEN = {"8_128": 0.0}  # of linears outside of the layers, of whose inputs not
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: the linears, in order, and the text."""
+    """What is measured: the linears, in order, and the text. source: the model's public name."""
 
     checkpoint: Checkpoint
     source: str
     linears: Sequence[Linear]
     specs: Sequence[WeightSpec]
     tokens: Tokens
-    threads: int | None
+    threads: int
     device: str
-    allow_nonfinite: bool = False
+    allow_nonfinite: bool
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        source: str,
+        linears: Sequence[Linear],
+        specs: Sequence[WeightSpec],
+        tokens: Tokens,
+    ) -> Job:
+        threads = recipe.resources.threads or cores()
+        nonfinite = recipe.allow_nonfinite
+        return cls(checkpoint, source, linears, specs, seen(tokens), threads, recipe.resources.device, nonfinite)
 
 
 def workplace(path: Path) -> Path:
@@ -65,15 +78,12 @@ def workplace(path: Path) -> Path:
 
 def seen(tokens: Tokens) -> Tokens:
     """Those of the calibration text that are looked at."""
-    import hashlib
-
     ids = tokens.ids[:ROWS]
     return replace(tokens, ids=ids, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
 
 
 def measure(job: Job, path: Path, console: Console) -> Measurement:
     """Measures, and writes `path`. Raises Interrupted on Ctrl-C: the same call takes up where it stopped."""
-    job = replace(job, tokens=seen(job.tokens))
     work = workplace(path)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -88,13 +98,13 @@ def measure(job: Job, path: Path, console: Console) -> Measurement:
             head = {"quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "options": list(OPTIONS)}
             if journal.head != head:
                 journal.start(head)
-            rows = _Run(job, work / FOLDER / "hidden", files, journal, console).run()
-        rows_, length = job.tokens.ids.shape
+            losses = _Run(job, work / FOLDER / "hidden", files, journal, console).run()
+        count, length = job.tokens.ids.shape
         found = Measurement(
             format=FORMAT, quantkit=__version__, source=job.source, weights=weights, text=job.tokens.name,
-            tokens=job.tokens.sha256, rows=rows_, length=length,
+            tokens=job.tokens.sha256, rows=count, length=length,
             linears={
-                s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=rows.get(s.module, UNSEEN))
+                s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=losses.get(s.module, UNSEEN))
                 for s in job.specs
             },
         )  # fmt: skip
@@ -114,40 +124,6 @@ def measure(job: Job, path: Path, console: Console) -> Measurement:
         journal.close()
 
 
-class _Looked:
-    """A model's tensors; those of linears are looked through for what is not finite as they are read."""
-
-    def __init__(self, inner: CheckpointWeights, job: Job) -> None:
-        self.inner, self.job = inner, job
-        self.linears = {f"{spec.module}.weight" for spec in job.specs}
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self.inner.names
-
-    def read(self, name: str) -> torch.Tensor:
-        from quantkit.kernels.floats import first_nonfinite, zero_nonfinite
-
-        tensor = self.inner.tensors[name]
-
-        def look(flat: Array) -> None:
-            at = first_nonfinite(flat, tensor.dtype) if name in self.linears else -1
-            if at >= 0 and not self.job.allow_nonfinite:
-                index = ", ".join(map(str, np.unravel_index(at, tensor.shape)))
-                raise NotFiniteError(
-                    f"tensor {name!r} holds a NaN or an infinity at [{index}]",
-                    where=f"{self.job.checkpoint.folder}/{tensor.file}",
-                    hint="fetch or train the model again; --allow-nonfinite takes such values for zero",
-                )
-            if at >= 0:
-                zero_nonfinite(flat, tensor.dtype)
-
-        return self.inner.read(name, look)
-
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        return self.inner.read_rows(name, rows)
-
-
 class _Run:
     def __init__(self, job: Job, scratch: Path, files: SourceFiles, journal: Journal, console: Console) -> None:
         self.job, self.scratch, self.files, self.journal, self.console = job, scratch, files, journal, console
@@ -165,7 +141,7 @@ class _Run:
         from quantkit.torch_setup import fast_dtype, torch_settings
 
         job = self.job
-        weights = _Looked(CheckpointWeights(job.checkpoint, self.files), job)
+        weights = CheckpointWeights(job.checkpoint, self.files, self._look)
         skeleton = Skeleton(job.checkpoint.config, job.checkpoint.tensors, job.checkpoint.folder, job.device)
         places = {p.name: p for layer in skeleton.inside for p in layer}
         layers: list[dict[str, Streamed]] = [{} for _ in skeleton.layers]
@@ -180,7 +156,7 @@ class _Run:
         done = [e for e in self.journal.entries if "layer" in e]
         gradients = next((e["gradients"] for e in self.journal.entries if "gradients" in e), None)
         size = sum(spec.numel for spec in job.specs)
-        with torch_settings(job.threads or cores()), self.console.progress(3 * size) as progress:
+        with torch_settings(job.threads), self.console.progress(3 * size) as progress:
             if gradients is None:
                 short = ids[: SHORT[0], : SHORT[1]]
                 sums = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
@@ -213,6 +189,17 @@ class _Run:
                     found |= losses
                     self._passed(progress, layers[index], f"losses, layer {index}")
         return found
+
+    def _look(self, name: str, flat: Array) -> None:
+        """NotFiniteError for a linear that holds what is not finite, unless that is allowed, and then zero."""
+        from quantkit.kernels.floats import first_nonfinite, zero_nonfinite
+
+        tensor = self.job.checkpoint.tensors[name]
+        at = first_nonfinite(flat, tensor.dtype) if name.removesuffix(".weight") in self.specs else -1
+        if at >= 0 and not self.job.allow_nonfinite:
+            raise not_finite(tensor, at, self.job.checkpoint.folder)
+        if at >= 0:
+            zero_nonfinite(flat, tensor.dtype)
 
     def _passed(self, progress: Progress, layer: Mapping[str, Any], what: str) -> None:
         size = sum(self.specs[name].numel for name in layer)
@@ -250,8 +237,7 @@ def _losses(
         for option in OPTIONS:
             groups = Mix.parse(option).groups(specs[name].columns)
             if factor is None:
-                place = positions(seen.hessian.diagonal().argsort(descending=True, stable=True))
-                coded = nearest(some, groups, place)
+                coded = nearest(some, groups, positions(seen.hessian))
             else:
                 coded = solve(some, seen.hessian, groups, factor, work=Work(0, 0), damp=DAMP).coded
             lost = row_losses(some - torch.from_numpy(coded.restore()), seen.hessian)

@@ -21,9 +21,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -> Journal | None:
     """The journal to write `plan` into `out` under, its entries those of an unfinished run of the same plan; None if
     the folder holds the finished result already. Raises OutputError; nothing is touched then."""
-    _check_apart(out, checkpoint.folder)
-    if os.path.exists(out) and not out.is_dir():
-        raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
+    check_place(out, checkpoint.folder, force=force)
     names = _names(out)
     finished = _finished_hash(out)
     unfinished = (out / FOLDER / "journal").exists()
@@ -38,10 +36,7 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
             (out / FOLDER).rmdir()
         return None
     if names and not unfinished and not force:
-        what = "holds the result of another plan" if finished else f"is not empty ({', '.join(names[:3])})"
-        raise OutputError(
-            f"the output folder {what}", where=str(out), hint="name another -o, or replace it with --force"
-        )
+        raise _occupied(out, "holds the result of another plan")
     ours = _ours(out, plan, unfinished=unfinished)
     foreign = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in ours]
     if force and foreign:
@@ -80,6 +75,20 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
         journal.close()
         raise
     return journal
+
+
+def check_place(out: Path, source: Path, *, force: bool) -> None:
+    """OutputError where nothing can be written, whatever the plan."""
+    _check_apart(out, source)
+    if os.path.exists(out) and not out.is_dir():
+        raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
+    names = _names(out)
+    if names and not force and _finished_hash(out) is None and not (out / FOLDER / "journal").exists():
+        raise _occupied(out, f"is not empty ({', '.join(names[:3])})")
+
+
+def _occupied(out: Path, how: str) -> OutputError:
+    return OutputError(f"the output folder {how}", where=str(out), hint="name another -o, or replace it with --force")
 
 
 def abandon(out: Path, plan: Plan, journal: Journal) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 
 from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, fsync_directory
 from quantkit.checkpoint.journal import Journal
-from quantkit.checkpoint.reader import SourceFiles, runs_buffer, safe_path
+from quantkit.checkpoint.reader import SourceFiles, not_finite, runs_buffer, safe_path
 from quantkit.checkpoint.system import PAGE, page_buffer
 from quantkit.checkpoint.views import SourceTensor, same_bytes
 from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write_error, write_file
@@ -351,12 +351,7 @@ class _Run:
         if at < 0:
             return 0
         if not self.plan.recipe.allow_nonfinite:
-            index = ", ".join(map(str, np.unravel_index(start + at, unit.source.shape)))
-            raise NotFiniteError(
-                f"tensor {unit.name!r} holds a NaN or an infinity at [{index}]",
-                where=f"{self.files.folder}/{unit.source.file}",
-                hint="fetch or train the model again; --allow-nonfinite quantizes such values as zero, or copies them",
-            )
+            raise not_finite(unit.source, start + at, self.files.folder)
         return zero_nonfinite(x, dtype) if unit.weight is not None else 0
 
     def _reap(self, in_flight: deque[tuple[_Open, Future[bool], Array]], progress: Progress) -> Array:

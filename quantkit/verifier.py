@@ -36,8 +36,8 @@ from quantkit.sparsity import ZeroCount, count_dense, same_but_zeros
 class Verification:
     """Outcome: what is wrong (nothing, if the folder is sound), how much was looked at, and, where a source was given,
     the relative error of each quantized tensor over all its weights, and how many others are equal to it, and how many
-    but for zeros. pruned,
-    sparsity: zeros of the pruned tensors, together and by kind of module; nothing where none was pruned, or read."""
+    but for zeros. pruned, sparsity: zeros of the pruned tensors, together and by kind of module; nothing where none
+    was pruned, or read."""
 
     problems: tuple[str, ...]
     files: int

@@ -279,6 +279,15 @@ def test_a_measurement_of_another_model_is_refused(made: tuple[Path, Path], tmp_
             quantkit.plan(source, recipe(source, measurement=str(tmp_path / "bad.json")))
 
 
+def test_an_occupied_output_is_refused_before_anything_is_measured(made: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = made
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("Dear")
+    with pytest.raises(QuantkitError, match="is not empty"):
+        quantkit.quantize(source, tmp_path / "out", recipe(source))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_stale_measurement_beside_the_output_is_made_again(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = made
     beside = tmp_path / "out.measurement.json"

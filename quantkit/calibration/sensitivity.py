@@ -9,17 +9,18 @@ The text goes forward once, every layer's input kept on disk, and back once, a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.rows import Linears, apply_linear
+from quantkit.calibration.rows import apply_linear
 from quantkit.calibration.skeleton import Call, Skeleton, Weights
-from quantkit.calibration.stream import Linear, hidden_width
+from quantkit.calibration.stream import Layer, Linear, hidden_width, loaded
 
 SEED = 20240229  # of the tokens that are drawn
 TOKENS = 64  # whose logits are there at a time
@@ -59,7 +60,8 @@ class Sensitivity:
                     before[0].write(row, x)
                 calls = [_ordinary(call) for call in calls]
             for index in range(count):
-                with self._loaded(index):
+                with self._loaded(index) as layer:
+                    layer.linears.answer = partial(_given, layer.ready)
                     for row in range(rows):
                         x = self.skeleton.run(index, before[index].read(row, self.skeleton.device), calls[index])
                         before[index + 1].write(row, x.detach())
@@ -67,11 +69,14 @@ class Sensitivity:
             gradients = states("gradients")
             self._from_logits(before[-1], gradients)
             for index in reversed(range(count)):
-                with self._loaded(index) as linears:
-                    found |= self._back(index, calls[index], linears, before[index], gradients)
+                with self._loaded(index) as layer:
+                    found |= self._back(index, calls[index], layer, before[index], gradients)
                 before[index].remove()
                 done(index)
         return found
+
+    def _loaded(self, index: int) -> AbstractContextManager[Layer]:
+        return loaded(self.skeleton, self.weights, index, self.linears[index], self.compute)
 
     def _from_logits(self, states: HiddenStates, gradients: HiddenStates) -> None:
         """The gradients by what leaves the last layer, of a token drawn at every place."""
@@ -90,13 +95,12 @@ class Sensitivity:
             gradients.write(row, found)
 
     def _back(
-        self, index: int, call: Call, linears: Linears, before: HiddenStates, gradients: HiddenStates
+        self, index: int, call: Call, layer: Layer, before: HiddenStates, gradients: HiddenStates
     ) -> dict[str, torch.Tensor]:
         sums: dict[str, torch.Tensor] = {}
-        answer = linears.answer
 
         def noted(name: str, x: torch.Tensor) -> torch.Tensor:
-            y = answer(name, x)
+            y = _given(layer.ready, name, x)
 
             def add(g: torch.Tensor) -> None:
                 part = g.reshape(-1, g.shape[-1]).double().square().sum(0)
@@ -105,7 +109,7 @@ class Sensitivity:
             y.register_hook(add)  # type: ignore[no-untyped-call]
             return y
 
-        linears.answer = noted
+        layer.linears.answer = noted
         for row in range(before.shape[0]):
             x = before.read(row, self.skeleton.device).requires_grad_()
             self.skeleton.run(index, x, call).backward(gradients.read(row, self.skeleton.device))  # type: ignore[no-untyped-call]
@@ -113,25 +117,9 @@ class Sensitivity:
             gradients.write(row, x.grad)
         return sums
 
-    @contextmanager
-    def _loaded(self, index: int) -> Iterator[Linears]:
-        """The layer's parameters in memory, linears in the dtype that they compute in."""
-        skeleton, wanted = self.skeleton, self.linears[index]
-        places = {linear.place for linear in wanted.values()}
-        others = [p for p in skeleton.inside[index] if p not in places]
-        skeleton.fill(others, self.weights)
-        ready: dict[str, torch.Tensor] = {}
-        for name, linear in wanted.items():
-            value = self.weights.read(linear.place.name).to(skeleton.device, self.compute)
-            ready[name] = value.T.contiguous() if linear.transposed else value
-        modules = {name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()}
-        linears = Linears(skeleton.layers[index], modules)
-        linears.answer = lambda name, x: apply_linear(x, ready[name])
-        try:
-            yield linears
-        finally:
-            linears.release()
-            skeleton.clear(others)
+
+def _given(ready: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    return apply_linear(x, ready[name])
 
 
 def _drawn(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

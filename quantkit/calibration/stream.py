@@ -11,7 +11,7 @@ full-precision one, whose outputs they should give. Between layers both are hidd
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A layer's linears, and the weights of those not yet solved, [out, in]: as they are on disk, and as passes compute
     with them. The other parameters are in their modules."""
 
@@ -142,7 +142,7 @@ class Stream:
         self,
         stage: Sequence[Group],
         passes: Passes,
-        layer: _Layer,
+        layer: Layer,
         inputs: HiddenStates,
         experts: frozenset[str],
     ) -> None:
@@ -157,7 +157,7 @@ class Stream:
         return self.skeleton.run(index, before, self.calls[index])
 
     def _follow_full(
-        self, index: int, layer: _Layer, groups: Sequence[Group], files: ExitStack
+        self, index: int, layer: Layer, groups: Sequence[Group], files: ExitStack
     ) -> dict[Group, HiddenStates]:
         """Takes the full-precision stream through the layer. Returns what each group of linears gets there, on disk."""
         inputs = {
@@ -184,7 +184,7 @@ class Stream:
         index: int,
         group: Group,
         passes: Passes,
-        layer: _Layer,
+        layer: Layer,
         inputs: HiddenStates,
         target: HiddenStates | None,
         place: int | None,
@@ -243,31 +243,36 @@ class Stream:
                 hint="the model overflows on this text, or holds such values; try another --calib, or --method rtn",
             )
 
-    @contextmanager
-    def _loaded(self, index: int) -> Iterator[_Layer]:
-        """The layer's parameters in memory."""
-        skeleton, wanted = self.skeleton, self.linears[index]
-        places = {linear.place for linear in wanted.values()}
-        others = [p for p in skeleton.inside[index] if p not in places]
-        skeleton.fill(others, self.weights)
-        weights: dict[str, torch.Tensor] = {}
-        for name, linear in wanted.items():
-            value = self.weights.read(linear.place.name).to(skeleton.device)
-            value = value.T.contiguous() if linear.transposed else value
-            weights[name] = value.float() if self.compute == torch.float32 else value
-        ready = {name: weight.to(self.compute) for name, weight in weights.items()}
-        modules = {name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()}
-        linears = Linears(skeleton.layers[index], modules)
-        try:
-            yield _Layer(linears, weights, ready)
-        finally:
-            linears.release()
-            skeleton.clear(others)
+    def _loaded(self, index: int) -> AbstractContextManager[Layer]:
+        return loaded(self.skeleton, self.weights, index, self.linears[index], self.compute)
 
     def close(self) -> None:
         for states in self.states.values():
             for state in states:
                 state.close()
+
+
+@contextmanager
+def loaded(
+    skeleton: Skeleton, source: Weights, index: int, wanted: Mapping[str, Linear], compute: torch.dtype
+) -> Iterator[Layer]:
+    """A layer with its parameters in memory; `wanted` are its linears, taken over by `Layer.linears`."""
+    places = {linear.place for linear in wanted.values()}
+    others = [p for p in skeleton.inside[index] if p not in places]
+    skeleton.fill(others, source)
+    weights: dict[str, torch.Tensor] = {}
+    for name, linear in wanted.items():
+        value = source.read(linear.place.name).to(skeleton.device)
+        value = value.T.contiguous() if linear.transposed else value
+        weights[name] = value.float() if compute == torch.float32 else value
+    ready = {name: weight.to(compute) for name, weight in weights.items()}
+    modules = {name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()}
+    linears = Linears(skeleton.layers[index], modules)
+    try:
+        yield Layer(linears, weights, ready)
+    finally:
+        linears.release()
+        skeleton.clear(others)
 
 
 def hidden_width(skeleton: Skeleton) -> int:

@@ -23,21 +23,23 @@ _DTYPES = {
 
 
 class CheckpointWeights:
-    """The dense tensors of a checkpoint, read through its views. The files are the caller's to open and close."""
+    """The dense tensors of a checkpoint, read through its views. The files are the caller's to open and close. `look`
+    sees the elements of a tensor, by name, as bit patterns, before anybody else, and may change them."""
 
-    def __init__(self, checkpoint: Checkpoint, files: SourceFiles) -> None:
-        self.tensors, self.files = checkpoint.tensors, files
+    def __init__(
+        self, checkpoint: Checkpoint, files: SourceFiles, look: Callable[[str, Array], None] = lambda _name, _flat: None
+    ) -> None:
+        self.tensors, self.files, self.look = checkpoint.tensors, files, look
 
     @property
     def names(self) -> Iterable[str]:
         return self.tensors
 
-    def read(self, name: str, look: Callable[[Array], None] | None = None) -> torch.Tensor:
-        """The tensor, in the dtype that its view gives. `look` sees its elements first, as bit patterns."""
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in the dtype that its view gives."""
         tensor = self.tensors[name]
         flat = elements(tensor, self.files, 0, tensor.numel)
-        if look is not None:
-            look(flat)
+        self.look(name, flat)
         return _as_torch(flat, tensor).reshape(tensor.shape)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:

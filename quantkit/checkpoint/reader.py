@@ -23,7 +23,7 @@ from quantkit.checkpoint.header import TensorInfo, quote, read_header, strict_js
 from quantkit.checkpoint.system import DIRECT, PAGE, page_buffer
 from quantkit.checkpoint.torch_zip import read_torch_zip
 from quantkit.checkpoint.views import Run, SourceTensor
-from quantkit.errors import RunError, SourceError
+from quantkit.errors import NotFiniteError, RunError, SourceError
 
 MAX_JSON = 64 * 1024 * 1024
 _BASENAME = re.compile(r"[A-Za-z0-9][\w.\-]*")
@@ -38,6 +38,16 @@ class WeightFile:
     nbytes: int
     identity: str
     stamp: tuple[int, int, int]
+
+
+def not_finite(tensor: SourceTensor, at: int, folder: Path) -> NotFiniteError:
+    """What is said of a NaN or an infinity at element `at` of a tensor in a file of that folder."""
+    index = ", ".join(map(str, np.unravel_index(at, tensor.shape)))
+    return NotFiniteError(
+        f"tensor {tensor.name!r} holds a NaN or an infinity at [{index}]",
+        where=f"{folder}/{tensor.file}",
+        hint="fetch or train the model again; --allow-nonfinite quantizes such values as zero, or copies them",
+    )
 
 
 def safe_path(folder: Path, name: str) -> Path:

@@ -20,18 +20,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from quantkit.checkpoint.header import TensorSpec
 from quantkit.methods.base import Array, WeightSpec
 from quantkit.methods.gptq_format import shaped
 from quantkit.solvers.exl2_coded import WORD, Exl2Coded, Groups
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-MOST_INPUTS, MOST_ROWS = 65536, 32767  # rows of q_weight; the loader reads both as 16-bit numbers
+MOST_INPUTS = 65536  # the loader reads q_invperm as 16-bit numbers
 _PART = re.compile(r"(?:(0?\.\d{1,3}|1):)?([2-6]|8)_(32|64|128)")
 
 
@@ -135,23 +132,3 @@ def unpack(tensors: Mapping[str, Array], spec: WeightSpec, mix: Mix) -> Exl2Code
         by_place[rows] = unpack_rows(words[where], bits)
     codes = np.ascontiguousarray(by_place[position].T)
     return Exl2Coded(groups, codes, np.ascontiguousarray(unpack_columns(scales, 4).T), maxima, position)
-
-
-def read_groups(columns: int, table: npt.NDArray[np.int16], words: int) -> Groups:
-    """The groups that q_groups speaks of, in a folder of whatever origin. ValueError where it makes no sense."""
-    if table.ndim != 1 or table.size % 2 or not table.size:
-        raise ValueError("q_groups is not a list of pairs")
-    bits = [int(b) for b in table[::2]]
-    starts = [*(int(q) for q in table[1::2]), words]
-    if starts[0] != 0 or any(b <= a for a, b in pairwise(starts)):
-        raise ValueError("the first rows of groups in q_groups do not rise from 0 to the rows of q_weight")
-    if any(b not in WIDTHS for b in bits) or sorted(bits, reverse=True) != bits:
-        raise ValueError("the widths in q_groups do not fall, or are other than 2, 3, 4, 5, 6 and 8")
-    rows = []
-    for width, (first, last) in zip(bits, pairwise(starts), strict=True):
-        if (last - first) % width:
-            raise ValueError(f"a group of {last - first} words has no multiple of 32 rows of {width} bits")
-        rows.append((last - first) // width * WORD)
-    if sum(rows) != columns:
-        raise ValueError(f"the groups have {sum(rows):,} rows in all, the inputs are {columns:,}")
-    return Groups(tuple(bits), tuple(rows))

@@ -18,10 +18,10 @@ from quantkit.kernels.exl2_scales import LEVELS, choose, losses
 from quantkit.solvers.columns import solve_columns
 from quantkit.solvers.exl2_coded import Exl2Coded, Groups, real_scales
 from quantkit.solvers.factor import Factor, factorize
-from quantkit.solvers.gptq import Report, Solved
+from quantkit.solvers.gptq import Solved, processing_order, report_of
 from quantkit.solvers.grids import normalized
 from quantkit.solvers.projection import Projection, arrays, residual, round_all
-from quantkit.solvers.quadratic import row_losses, total
+from quantkit.solvers.quadratic import row_losses
 from quantkit.solvers.refine import descend, refit
 from quantkit.solvers.threads import in_threads, parts
 
@@ -39,9 +39,9 @@ class Work:
     passes: int = 1
 
 
-def positions(order: Tensor) -> Tensor:
-    """int64: at which place of the stream each column is, of the columns in the order of the stream."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def positions(hessian: Tensor) -> Tensor:
+    """int64 [columns]: at which place of the stream each column is, the most active first."""
+    return processing_order(hessian, "static").argsort()
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def solve(
 ) -> Solved[Exl2Coded]:
     """The codes of a linear layer; see `solvers.gptq.solve`. factor: of the Hessian's columns by falling diagonal,
     which is the order of the stream, too; None: a fallback, rounding to nearest."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    position, device = positions(order), torch.device("cpu")
+    position, device = positions(hessian), torch.device("cpu")
     group = _group(groups, position)
     aim = (weight if target is None else target).detach()
     importance = None if factor is None else hessian.diagonal() / factor.scale + damp
@@ -153,21 +152,11 @@ def solve(
 
     every = parts(rows, device, columns)
     in_threads(partial(some, factor=factor), every, device)
-    size, loss, rtn_loss = total(sizes), total(lost), total(nearest_lost)
-    ours = factor is not None and loss < rtn_loss
-    if factor is not None and not ours:
+    report = report_of(sizes, lost, nearest_lost, hessian, factor)
+    if report.kept_rtn:
         in_threads(partial(some, factor=None), every, device)
     by_group = [nearest_level(scales.levels[g], real[:, g]) for g in range(real.shape[1])]
     final = _Scales.of(torch.stack(by_group, 1).to(torch.uint8), scales.maxima)
-    norm, known = size if size > 0 else 1.0, size < float("inf")
-    report = Report(
-        loss=(loss if ours else rtn_loss) / norm if known else None,
-        rtn_loss=rtn_loss / norm if known else None,
-        damp=0.0 if factor is None else factor.damp,
-        fallback=factor is None,
-        kept_rtn=factor is not None and not ours,
-        dead=int((hessian.diagonal() == 0).sum()),
-    )
     return Solved(_coded(groups, codes, final, position), report)
 
 
@@ -197,9 +186,8 @@ class Exl2Solver:
     damp: float
 
     def factor(self, hessian: Tensor) -> Factor | None:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
         with torch.no_grad():
-            return factorize(hessian, order, self.damp)
+            return factorize(hessian, processing_order(hessian, "static"), self.damp)
 
     def solve(
         self,
@@ -216,5 +204,4 @@ class Exl2Solver:
             return solve(weight, hessian, groups, factor, target=target, keep=keep, work=self.work, damp=self.damp)
 
     def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Exl2Coded:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-        return nearest(weight, self.groups[name], positions(order))
+        return nearest(weight, self.groups[name], positions(hessian))

@@ -161,12 +161,18 @@ def _solve(
         in_threads(partial(some, factor=factor), rows, weight.device)
 
     solve_rows(factor)
-    size, loss, rtn_loss = total(found.sizes), total(found.losses), total(found.nearest_losses)
-    ours = factor is not None and loss < rtn_loss
-    if factor is not None and not ours:
+    report = report_of(found.sizes, found.losses, found.nearest_losses, hessian, factor)
+    if report.kept_rtn:
         solve_rows(None)
+    return Solved(coded(grid, found.codes, found.scales, found.zeros, group), report)
+
+
+def report_of(sizes: Tensor, losses: Tensor, nearest_losses: Tensor, hessian: Tensor, factor: Factor | None) -> Report:
+    """From float64 [rows] each: w·H·wᵀ of the weight, and what is lost as it was solved and rounded to nearest."""
+    size, loss, rtn_loss = total(sizes), total(losses), total(nearest_losses)
+    ours = factor is not None and loss < rtn_loss
     unit, known = size if size > 0 else 1.0, size < float("inf")
-    report = Report(
+    return Report(
         loss=(loss if ours else rtn_loss) / unit if known else None,
         rtn_loss=rtn_loss / unit if known else None,
         damp=0.0 if factor is None else factor.damp,
@@ -174,7 +180,6 @@ def _solve(
         kept_rtn=factor is not None and not ours,
         dead=int((hessian.diagonal() == 0).sum()),
     )
-    return Solved(coded(grid, found.codes, found.scales, found.zeros, group), report)
 
 
 def _refined(

@@ -102,8 +102,6 @@ def test_every_mix_comes_back(text: str, rows: int, columns: int, seed: int) -> 
     after = exl2_format.unpack(tensors, spec, mix)
     for key in ("codes", "scales", "maxima", "position"):
         assert np.array_equal(getattr(before, key), getattr(after, key))
-    table = tensors["a.q_groups"]
-    assert exl2_format.read_groups(spec.columns, table, len(tensors["a.q_weight"])) == before.groups
 
 
 @pytest.mark.parametrize("text", ["0.1:4_32/0.9:3_32", "0.25:6_32/0.25:4_32/0.5:2_32", "5_64", "8_128"])
@@ -135,16 +133,6 @@ def test_what_a_loader_would_take_for_another_weight_is_refused() -> None:
             exl2_format.unpack(changed(tensors, name, place, value), spec, mix)
     with pytest.raises(ValueError, match="the weight makes it"):
         exl2_format.unpack({**tensors, "a.q_weight": tensors["a.q_weight"][:-1]}, spec, mix)
-
-
-@pytest.mark.parametrize(("table", "words"), [
-    ([4, 0, 3], "pairs"), ([], "pairs"), ([4, 1, 3, 4], "rise from 0"), ([4, 0, 3, 4, 3, 4], "rise from 0"),
-    ([3, 0, 4, 3], "do not fall"), ([7, 0], "do not fall"), ([4, 0, 3, 5], "no multiple of 32"),
-    ([5, 0, 4, 5], "rows in all"),
-])  # fmt: skip
-def test_groups_that_make_no_sense_are_refused(table: list[int], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        exl2_format.read_groups(128, np.array(table, np.int16), 13)
 
 
 @pytest.mark.parametrize("text", ["", "7_64", "4_16", "0.5:4_64", "0.5:3_64/0.5:4_64", "0.5:4_64/0.5:4_32", "4_64/x"])
