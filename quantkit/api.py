@@ -19,8 +19,7 @@ from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
 from quantkit.measurement import Losses, Measurement, allocated, check_fits, digest_of_weights, read_measurement
 from quantkit.measurer import Job, seen
 from quantkit.measurer import measure as measure_job
-from quantkit.methods.base import WeightSpec
-from quantkit.methods.exl2 import Exl2
+from quantkit.methods.base import Mixed, WeightSpec
 from quantkit.output import COMMITS, check_place
 from quantkit.patterns import matches
 from quantkit.planner import linears_to_mix, make_plan, tokens_for
@@ -63,7 +62,7 @@ def plan_recipe(
     folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet, prefer=prefer)
     checkpoint = open_checkpoint(folder, data_present=data_present, native=recipe.native.options, prefer=prefer)
     losses = None
-    if recipe.quantize is not None and recipe.quantize.implementation.mixed:
+    if recipe.mixing is not None:
         if measuring and recipe.output is not None:  # which may take hours, and be for nothing
             check_place(expand(recipe.output), checkpoint.folder, force=force)
         losses = _losses(recipe, checkpoint, origin, data_present=data_present, measuring=measuring, console=console)
@@ -75,10 +74,9 @@ def _losses(
 ) -> Losses | None:
     """What was measured of a source: in the file that the recipe names, or in one beside the output, where a run leaves
     it. None if nothing was, or all mixes are given."""
-    assert recipe.quantize is not None
-    params = recipe.quantize.params
-    assert isinstance(params, Exl2)
-    linears, specs = linears_to_mix(recipe, checkpoint)
+    mixing = recipe.mixing
+    assert mixing is not None
+    linears, specs, params = linears_to_mix(recipe, checkpoint)
     given = params.mixes
     if all(any(matches(spec.module, pattern) for pattern in given) for spec in specs):
         return None
@@ -86,7 +84,7 @@ def _losses(
     def fits(found: Measurement, path: Path) -> None:
         with open_files(checkpoint) if data_present else nullcontext() as files:
             weights = found.weights if files is None else digest_of_weights(checkpoint, files, found.linears)
-        check_fits(found, path, weights=weights, specs=specs)
+        check_fits(found, path, label=mixing.label(params), weights=weights, specs=specs)
 
     if (named := params.measurement) is not None:
         path = expand(named)
@@ -108,8 +106,9 @@ def _losses(
             pass  # of another model, or of another text: it is measured again
     if not measuring or tokens is None:
         return None
-    allocated(params, specs, None)  # what cannot be had is refused before anything is measured
-    return measure_job(Job.of(recipe, checkpoint, origin.name, linears, specs, tokens), path, console).losses
+    allocated(mixing, params, specs, None)  # what cannot be had is refused before anything is measured
+    job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens)
+    return measure_job(job, path, console).losses
 
 
 def measure(
@@ -121,26 +120,32 @@ def measure(
     return measure_recipe(build_recipe(table), Path(out), console=console)
 
 
-def expected_losses(found: Measurement) -> dict[float, float]:
-    """By bits per weight, the loss that the best mixes are expected to have."""
+def expected_losses(found: Measurement, recipe: Recipe) -> dict[float, float]:
+    """By bits per weight, the loss that the best mixes are expected to have, with the recipe's method."""
+    mixing, params = recipe.mixing, None if recipe.quantize is None else recipe.quantize.params
+    assert mixing is not None
+    assert isinstance(params, Mixed)
     specs = [WeightSpec(module, "F16", linear.rows, linear.columns) for module, linear in found.linears.items()]
     curve: dict[float, float] = {}
     for bits in (2.5, 3.0, 3.5, 4.0, 5.0, 6.0):
         with suppress(UsageError):  # below what these linears take at the least
-            loss = allocated(Exl2(bits=bits), specs, found.losses)[1].loss
+            loss = allocated(mixing, params.model_copy(update={"bits": bits}), specs, found.losses)[1].loss
             assert loss is not None
             curve[bits] = loss
     return curve
 
 
 def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> Measurement:
-    if recipe.quantize is None or not recipe.quantize.implementation.mixed:
-        raise UsageError("only methods that mix bits are measured for", hint="leave --method out, or name exl2")
+    if recipe.mixing is None:
+        raise UsageError(
+            "only methods that mix bits are measured for",
+            hint="leave --method out, or name gptq and a number of bits such as 3.5",
+        )
     _check_device(recipe.resources.device)
     folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
     checkpoint = open_checkpoint(folder, native=recipe.native.options)
-    linears, specs = linears_to_mix(recipe, checkpoint)
-    job = Job.of(recipe, checkpoint, origin.name, linears, specs, tokens_for(recipe, checkpoint))
+    linears, specs, params = linears_to_mix(recipe, checkpoint)
+    job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
     return measure_job(job, expand(str(out)), console)
 
 

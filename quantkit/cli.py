@@ -61,7 +61,11 @@ _calibration_options = (
 )
 # Each is a key of the recipe.
 _quantize_options = _options(
-    click.option("--bits", type=_Bits(), help="Bits per weight: 4, 8; gptq, rtn: also 2, 3; exl2: any.  [default: 4]"),
+    click.option(
+        "--bits",
+        type=_Bits(),
+        help="Bits per weight: 4, 8; gptq, rtn: also 2, 3; gptq, exl2: any, mixed.  [default: 4]",
+    ),
     click.option("--method", help="bnb; gptq, exl2 (calibrated); rtn (rounding, in gptq's format).  [default: bnb]"),
     click.option("--quant-type", help="4-bit code table, nf4 or fp4.  [default: nf4]"),
     click.option(
@@ -72,9 +76,11 @@ _quantize_options = _options(
     click.option("--act-order", help="gptq: static, group (desc_act) or none.  [default: static]"),
     click.option("--effort", help="gptq, exl2: low, default or high.  [default: default]"),
     click.option("--damp", type=float, help="gptq, exl2: part of the mean diagonal added to it.  [default: 0.03]"),
-    click.option("--measurement", metavar="FILE", help="exl2: of `quantkit measure`.  [default: measured first]"),
-    click.option("--min-bits", type=float, help="exl2: bits per weight of any linear, at the least."),
-    click.option("--max-bits", type=float, help="exl2: bits per weight of any linear, at the most."),
+    click.option(
+        "--measurement", metavar="FILE", help="Of `quantkit measure`, for mixed bits.  [default: measured first]"
+    ),
+    click.option("--min-bits", type=float, help="Mixed bits: those of any linear, at the least."),
+    click.option("--max-bits", type=float, help="Mixed bits: those of any linear, at the most."),
     click.option("--checkpoint-format", help="gptq, rtn: gptq or gptq_v2.  [default: gptq]"),
     click.option("--format", help="gptq, rtn: gptq or compressed-tensors.  [default: gptq]"),
     *_calibration_options,
@@ -263,6 +269,9 @@ def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: A
 @_source
 @_options(
     click.option("-o", "--output", "file", required=True, metavar="FILE", type=click.Path(path_type=Path)),
+    click.option("--method", help="For which method: exl2, gptq.  [default: exl2]"),
+    click.option("--group-size", type=int, help="gptq: 32, 64, 128 or -1 (a row).  [default: each linear chooses]"),
+    click.option("--sym/--no-sym", default=None, help="gptq: no zero points, or with.  [default: sym]"),
     *_calibration_options,
     click.option("--skip", multiple=True, metavar="PATTERN", help="Leave matching layers out. Repeatable."),
     click.option("--device", help="Where to compute: cpu or cuda.  [default: cpu]"),
@@ -280,8 +289,10 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from quantkit import api
 
     console = Console(json=as_json, quiet=quiet)
-    found = api.measure_recipe(_recipe({**options, "method": "exl2"}, "quantize"), file, console=console)
-    curve = api.expected_losses(found)
+    named = {"method": "exl2", "min_bits": 0.0} | {key: value for key, value in options.items() if value is not None}
+    recipe = _recipe(named, "quantize")  # min_bits: whatever they are, they are mixed
+    found = api.measure_recipe(recipe, file, console=console)
+    curve = api.expected_losses(found, recipe)
     rows = [
         ("measured", f"{len(found.linears):,} linear layers, {found.rows:,} rows of {found.length:,} tokens"),
         ("file", str(file)),

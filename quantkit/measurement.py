@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quantkit.checkpoint.reader import SourceFiles, elements
 from quantkit.errors import UsageError
 from quantkit.layouts import Checkpoint
-from quantkit.methods.base import WeightSpec
-from quantkit.methods.exl2 import OPTIONS, Exl2
-from quantkit.methods.exl2_format import Mix
+from quantkit.methods.base import M, Mixing, WeightSpec
 from quantkit.patterns import select
 from quantkit.solvers.allocation import BudgetError, Option, allocate
 
@@ -41,10 +40,12 @@ class LinearLosses(_Table):
 
 
 class Measurement(_Table):
-    """weights: a digest of the model's linears. tokens: SHA-256 of the ids that were looked at, rows of `length`."""
+    """method: for which it was made (Mixing.label). weights: a digest of the model's linears. tokens: SHA-256 of the
+    ids that were looked at, rows of `length`."""
 
     format: int
     quantkit: str
+    method: str
     source: str
     weights: str
     text: str
@@ -75,8 +76,7 @@ def read_measurement(path: Path) -> Measurement:
         if found.format != FORMAT:
             raise ValueError(f"its format is {found.format}, this version knows {FORMAT}")
         for linear in found.linears.values():
-            for mix, loss in linear.losses.items():
-                Mix.parse(mix)
+            for loss in linear.losses.values():
                 if not 0 <= loss < float("inf"):
                     raise ValueError(f"a loss is {loss}")
     except (ValidationError, ValueError) as e:
@@ -103,8 +103,14 @@ def digest_of_weights(checkpoint: Checkpoint, files: SourceFiles, modules: Itera
     return found.hexdigest()
 
 
-def check_fits(found: Measurement, path: Path, *, weights: str, specs: Sequence[WeightSpec]) -> None:
-    """UsageError if it is of another model, whose digest is `weights`, or does not know one of these linears."""
+def check_fits(found: Measurement, path: Path, *, label: str, weights: str, specs: Sequence[WeightSpec]) -> None:
+    """UsageError if it was made for another method than `label`; if it is of another model, whose digest is `weights`;
+    or does not know one of these linears."""
+    if found.method != label:
+        raise UsageError(
+            f"the measurement was made for {found.method}, and this is {label}", where=str(path),
+            hint="leave --measurement out, or measure for this method",
+        )  # fmt: skip
     missing = [s.module for s in specs if s.module not in found.linears]
     other = [s.module for s in specs if s.module not in missing and _shape(found, s) != (s.rows, s.columns)]
     if missing or other or found.weights != weights:
@@ -137,7 +143,7 @@ class Allocated:
     assumed: bool
 
 
-def allocated(params: Exl2, specs: Sequence[WeightSpec], losses: Losses | None) -> tuple[Exl2, Allocated]:
+def allocated(mixing: Mixing[M], params: M, specs: Sequence[WeightSpec], losses: Losses | None) -> tuple[M, Allocated]:
     """The parameters with a mix for each linear: those that lose least within `params.bits` a weight. UsageError where
     that is too little.
 
@@ -145,22 +151,23 @@ def allocated(params: Exl2, specs: Sequence[WeightSpec], losses: Losses | None) 
     """
     modules = [spec.module for spec in specs]
     pinned = {module: mix for pattern, mix in params.mixes.items() for module in select(modules, [pattern])}
-    known = assumed_losses(specs) if losses is None else losses
+    known = assumed_losses(mixing, params, specs) if losses is None else losses
+    units: dict[str, list[WeightSpec]] = defaultdict(list)
+    for spec in specs:
+        units[mixing.together(spec.module) or spec.module].append(spec)
     items: dict[str, list[Option]] = {}
     mixes: dict[str, list[str]] = {}
-    for spec in specs:
-        own = known.get(spec.module, {})
-        names = [pinned[spec.module]] if spec.module in pinned else list(own)
-        costs = {name: Mix.parse(name).cost(spec) for name in names}
-        if spec.module not in pinned:
-            names = [n for n in names if params.min_bits <= costs[n] / spec.numel <= params.max_bits]
+    for unit, members in units.items():
+        choices = [_choices(mixing, params, spec, pinned.get(spec.module), known) for spec in members]
+        names = [name for name in choices[0] if all(name in own for own in choices)]
         if not names:
             raise UsageError(
-                f"no mix of {spec.module} has between {params.min_bits:g} and {params.max_bits:g} bits per weight",
-                hint="allow more with --min-bits and --max-bits",
+                f"{members[0].module} and {members[-1].module} cannot be written alike, and readers take them as one",
+                hint="name the same mix for both",
             )
-        mixes[spec.module] = names
-        items[spec.module] = [Option(costs[n], own.get(n, 0.0)) for n in names]
+        mixes[unit] = names
+        each = [[own[name] for own in choices] for name in names]
+        items[unit] = [Option(sum(o.cost for o in own), sum(o.loss for o in own)) for own in each]
     weights = sum(spec.numel for spec in specs)
     try:
         found = allocate(items, int(params.bits * weights))
@@ -170,16 +177,34 @@ def allocated(params: Exl2, specs: Sequence[WeightSpec], losses: Losses | None) 
             f"{params.bits:g} bits per weight are too few: these linears take {least:.3f} at the least",
             hint=f"use --bits {least:.3f} or more",
         ) from None
-    chosen = {module: mixes[module][found.chosen[module]] for module in modules}
+    chosen = {s.module: mixes[unit][found.chosen[unit]] for unit, members in units.items() for s in members}
     assumed = losses is None and not chosen.keys() <= pinned.keys()
     how = Allocated(found.cost / weights, None if losses is None else found.loss, found.bound, assumed)
     return params.model_copy(update={"mixes": chosen, "measurement": None}), how
 
 
-def assumed_losses(specs: Sequence[WeightSpec]) -> dict[str, dict[str, float]]:
-    """Stand-ins for what is not measured yet: a fourth for each bit more, the same for all weights. For a plan's sizes,
-    which the budget bounds."""
-    shares = {name: Mix.parse(name).parts for name in OPTIONS}
-    losses = {n: sum(float(share) * 4.0**-bits for share, bits, _ in parts) for n, parts in shares.items()}
-    total = sum(spec.numel for spec in specs)
-    return {spec.module: {n: loss * spec.numel / total for n, loss in losses.items()} for spec in specs}
+def _choices(mixing: Mixing[M], params: M, spec: WeightSpec, pinned: str | None, known: Losses) -> dict[str, Option]:
+    """By mix, what a linear costs and loses that is written so."""
+    own = known.get(spec.module, {})
+    if pinned is not None:
+        return {pinned: Option(mixing.cost(params, spec, pinned), own.get(pinned, 0.0))}
+    costs = {name: mixing.cost(params, spec, name) for name in mixing.options(params, spec) if name in own}
+    within = {n: c for n, c in costs.items() if params.min_bits <= c / spec.numel <= params.max_bits}
+    if not within:
+        raise UsageError(
+            f"no mix of {spec.module} has between {params.min_bits:g} and {params.max_bits:g} bits per weight",
+            hint="allow more with --min-bits and --max-bits",
+        )
+    return {name: Option(cost, own[name]) for name, cost in within.items()}
+
+
+def assumed_losses(mixing: Mixing[M], params: M, specs: Sequence[WeightSpec]) -> dict[str, dict[str, float]]:
+    """Stand-ins for what is not measured yet: a fourth for each bit more on disk, the same for all weights. For a
+    plan's sizes, which the budget bounds."""
+    return {
+        spec.module: {
+            name: spec.numel * 4.0 ** (-mixing.cost(params, spec, name) / spec.numel)
+            for name in mixing.options(params, spec)
+        }
+        for spec in specs
+    }

@@ -26,9 +26,7 @@ from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, OutputError
 from quantkit.layouts import Checkpoint
 from quantkit.measurement import FORMAT, LinearLosses, Measurement, digest_of_weights
-from quantkit.methods.base import Array, WeightSpec
-from quantkit.methods.exl2 import OPTIONS
-from quantkit.methods.exl2_format import Mix
+from quantkit.methods.base import Array, Mixed, Mixing, WeightSpec
 from quantkit.recipe import Recipe
 from quantkit.version import __version__
 
@@ -39,18 +37,18 @@ if TYPE_CHECKING:
 
 ROWS, SHORT = 16, (8, 512)  # calibration rows that are looked at; rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
-DAMP = 0.03
-UNSEEN = {"8_128": 0.0}  # of linears outside of the layers, of whose inputs nothing is known
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: the linears, in order, and the text. source: the model's public name."""
+    """What is measured: the linears, in order, the ways to write them, the text. source: the model's public name."""
 
     checkpoint: Checkpoint
     source: str
     linears: Sequence[Linear]
     specs: Sequence[WeightSpec]
+    mixing: Mixing[Any]
+    params: Mixed
     tokens: Tokens
     threads: int
     device: str
@@ -64,11 +62,21 @@ class Job:
         source: str,
         linears: Sequence[Linear],
         specs: Sequence[WeightSpec],
+        params: Mixed,
         tokens: Tokens,
     ) -> Job:
-        threads = recipe.resources.threads or cores()
-        nonfinite = recipe.allow_nonfinite
-        return cls(checkpoint, source, linears, specs, seen(tokens), threads, recipe.resources.device, nonfinite)
+        assert recipe.mixing is not None
+        threads, device = recipe.resources.threads or cores(), recipe.resources.device
+        text, nonfinite = seen(tokens), recipe.allow_nonfinite
+        return cls(checkpoint, source, linears, specs, recipe.mixing, params, text, threads, device, nonfinite)
+
+    @property
+    def label(self) -> str:
+        return self.mixing.label(self.params)
+
+    def losses(self, spec: WeightSpec, found: Mapping[str, dict[str, float]]) -> dict[str, float]:
+        """Of linears outside of the layers nothing is known of their inputs: they get the best there is."""
+        return found.get(spec.module) or {self.mixing.options(self.params, spec)[-1]: 0.0}
 
 
 def workplace(path: Path) -> Path:
@@ -95,16 +103,16 @@ def measure(job: Job, path: Path, console: Console) -> Measurement:
     try:
         with SourceFiles(job.checkpoint.folder, job.checkpoint.files) as files:
             weights = digest_of_weights(job.checkpoint, files, [s.module for s in job.specs])
-            head = {"quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "options": list(OPTIONS)}
+            head = {"quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "method": job.label}
             if journal.head != head:
                 journal.start(head)
             losses = _Run(job, work / FOLDER / "hidden", files, journal, console).run()
         count, length = job.tokens.ids.shape
         found = Measurement(
-            format=FORMAT, quantkit=__version__, source=job.source, weights=weights, text=job.tokens.name,
-            tokens=job.tokens.sha256, rows=count, length=length,
+            format=FORMAT, quantkit=__version__, method=job.label, source=job.source, weights=weights,
+            text=job.tokens.name, tokens=job.tokens.sha256, rows=count, length=length,
             linears={
-                s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=losses.get(s.module, UNSEEN))
+                s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=job.losses(s, losses))
                 for s in job.specs
             },
         )  # fmt: skip
@@ -180,7 +188,7 @@ class _Run:
                     def look(
                         _: tuple[str, ...], seen: Statistics, losses: dict[str, Any] = losses
                     ) -> Mapping[str, torch.Tensor]:
-                        losses |= _losses(seen, self.specs, gradients)
+                        losses |= _losses(seen, job, self.specs, gradients)
                         return dict(seen.weights)
 
                     stream.layer(index, look)
@@ -215,17 +223,19 @@ def _kept(stream: Any, layer: int) -> bool:
 
 
 def _losses(
-    seen: Statistics, specs: Mapping[str, WeightSpec], gradients: Mapping[str, Sequence[float]]
+    seen: Statistics, job: Job, specs: Mapping[str, WeightSpec], gradients: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, float]]:
     """Of the linears that share an input, by mix, in nats a token."""
     import torch
 
-    from quantkit.solvers.exl2 import Exl2Solver, Work, nearest, positions, solve
     from quantkit.solvers.group import FEWEST_TOKENS
     from quantkit.solvers.quadratic import row_losses
 
     seen.complete()
-    factor = Exl2Solver({}, Work(0, 0), DAMP).factor(seen.hessian) if seen.tokens >= FEWEST_TOKENS else None
+    every = dict.fromkeys(option for name in seen.weights for option in job.mixing.options(job.params, specs[name]))
+    trials = {option: job.mixing.trial(job.params, option) for option in every}
+    enough = seen.tokens >= FEWEST_TOKENS
+    factor = next(iter(trials.values())).factor(seen.hessian) if enough else None  # the same for all
     found: dict[str, dict[str, float]] = {}
     for name, weight in seen.weights.items():
         rows = torch.arange(0, len(weight), -(-len(weight) // SAMPLE))
@@ -234,12 +244,11 @@ def _losses(
         # The rows that stand for others do so in the sum of their gradients, too.
         share = 0.5 * float(weighing.sum()) / max(float(weighing[rows].sum()), 1e-300) / max(seen.tokens, 1)
         own: dict[str, float] = {}
-        for option in OPTIONS:
-            groups = Mix.parse(option).groups(specs[name].columns)
+        for option in job.mixing.options(job.params, specs[name]):
             if factor is None:
-                coded = nearest(some, groups, positions(seen.hessian))
+                coded = trials[option].nearest(name, some, seen.hessian)
             else:
-                coded = solve(some, seen.hessian, groups, factor, work=Work(0, 0), damp=DAMP).coded
+                coded = trials[option].solve(name, some, seen.hessian, target=None, keep=None, factor=factor).coded
             lost = row_losses(some - torch.from_numpy(coded.restore()), seen.hessian)
             own[option] = float(f"{float((lost * weighing[rows]).sum()) * share:.6g}")
         found[name] = own

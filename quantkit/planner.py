@@ -262,9 +262,9 @@ def _choose(recipe: Recipe, checkpoint: Checkpoint, tensors: Sequence[SourceTens
     found = _Chosen({}, {}, linears, (), name, warning, not known)
     if recipe.quantize is not None:
         found = _to_quantize(recipe.quantize, checkpoint, tensors, found, skip_modules)
-        if recipe.quantize.implementation.mixed:
+        if (mixing := recipe.mixing) is not None:
             specs = specs_of(tensors, found.quantized, str(checkpoint.folder))
-            mixed, allocation = allocated(found.params, specs, losses)
+            mixed, allocation = allocated(mixing, found.params, specs, losses)
             found = replace(found, params=mixed, allocation=allocation)
     if recipe.prune is not None:
         found = replace(found, pruned=_to_prune(recipe.prune, checkpoint, tensors, linears))
@@ -277,13 +277,13 @@ def specs_of(tensors: Sequence[SourceTensor], chosen: Mapping[str, Linear], wher
     return [_spec(by_name[name], linear, where) for name, linear in chosen.items()]
 
 
-def linears_to_mix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Linear], list[WeightSpec]]:
-    """The linears that a method takes which mixes bits."""
+def linears_to_mix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Linear], list[WeightSpec], Any]:
+    """The linears that a method takes which mixes bits, and its parameters with nothing left open but the mixes."""
     assert recipe.quantize is not None
     tensors = [t for t in source_tensors(checkpoint) if t.name in target_of(recipe, checkpoint).names]
     linears, skip, name, warning = find_linears(checkpoint, [t.name for t in tensors])
     found = _to_quantize(recipe.quantize, checkpoint, tensors, _Chosen({}, {}, linears, (), name, warning), skip)
-    return list(found.quantized.values()), specs_of(tensors, found.quantized, str(checkpoint.folder))
+    return list(found.quantized.values()), specs_of(tensors, found.quantized, str(checkpoint.folder)), found.params
 
 
 def tokens_for(recipe: Recipe, checkpoint: Checkpoint) -> Tokens:
@@ -491,7 +491,7 @@ def _memory(
         used = len(set(tokens.ids.ravel().tolist()))
         full, hessian = "full" in _streams(recipe, tokens), recipe.needs == "hessian"
         head = None
-        if recipe.quantize is not None and recipe.quantize.implementation.mixed:
+        if recipe.mixing is not None:
             head = width * int(checkpoint.config["vocab_size"]), int(checkpoint.config["vocab_size"])
         stream = StreamShape(rows, length, width, used, full, hessian, _made(recipe, units), head)
         limit, device = recipe.resources.max_memory, recipe.resources.device

@@ -370,7 +370,7 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
 def _solved(recipe: Mapping[str, Any]) -> bool:
     """Whether something was done about the errors of outputs, so that they were measured."""
     quantize = recipe.get("quantize")
-    method = find_method(quantize["method"], quantize["bits"]) if quantize else None
+    method = find_method(quantize["method"], quantize["bits"], mixed="mixes" in quantize) if quantize else None
     return (method is not None and method.needs == "hessian") or recipe.get("prune", {}).get("method") == "sparsegpt"
 
 
@@ -444,7 +444,7 @@ def _prune_options(prune: Mapping[str, Any]) -> list[str]:
 
 # Keys of a recipe's quantize block, and the values that need not be said.
 _SAID = {"group_size": None, "act_order": "static", "effort": "default", "damp": 0.03, "checkpoint_format": "gptq",
-         "format": "gptq", "min_bits": 0.0, "max_bits": 9.0}  # fmt: skip
+         "format": "gptq", "min_bits": 0.0, "max_bits": 16.0}  # fmt: skip
 
 
 def _method_options(quantize: Mapping[str, Any]) -> list[str]:

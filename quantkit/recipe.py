@@ -20,11 +20,13 @@ from quantkit.calibration.data import Calibration
 from quantkit.errors import RecipeError
 from quantkit.layouts.base import NativeOptions
 from quantkit.methods import METHODS, find_method
-from quantkit.methods.base import Method, Parameters
+from quantkit.methods.base import Method, Mixed, Mixing, Parameters
 from quantkit.pruning import Prune
 
 DEPTH = 2  # of a recipe: keys in blocks
 SHARD_SIZE = 5 * 10**9
+# Keys of a quantize block that say that linears differ in bits, whatever their number.
+MIXING = frozenset(Mixed.model_fields) - {"bits"}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -58,7 +60,7 @@ class Quantize(_Block):
 
     @property
     def implementation(self) -> Method[Any]:
-        found = find_method(self.method, self.bits)
+        found = find_method(self.method, self.bits, mixed=isinstance(self.params, Mixed))
         assert found is not None
         return found
 
@@ -157,6 +159,11 @@ class Recipe(_Block):
             self.quantize.implementation.needs if self.quantize is not None else "nothing",
         }
         return "hessian" if "hessian" in wanted else "norms" if "norms" in wanted else "nothing"
+
+    @property
+    def mixing(self) -> Mixing[Any] | None:
+        """How bits are spread over linears, if that is to be done."""
+        return None if self.quantize is None else self.quantize.implementation.mixing
 
     @property
     def largest_file(self) -> int | None:
@@ -295,7 +302,9 @@ def build_recipe(
             names = [*implementation.params.model_fields, "method", "bits", "skip"]
             other = [n for m in METHODS.values() for n in m.params.model_fields]
         if keys[-1] in other:
-            what = f"{implementation.name} with {implementation.bits} bits" if implementation is not None else "this"
+            what = "this"
+            if implementation is not None:
+                what = f"{implementation.name} with {implementation.bits or 'mixed'} bits"
             raise fail(f"{keys[-1]} does not apply to {what}", keys, "leave it out")
         raise fail(f"unknown key {dotted!r}", keys, _did_you_mean(keys[-1], names))
     if error["type"] == "missing":
@@ -314,8 +323,11 @@ def _method(block: Mapping[str, Any], fail: _Fail) -> tuple[Method[Any], dict[st
     if method not in names:
         near = _did_you_mean(method if isinstance(method, str) else "", names)
         raise fail(f"unknown method {reprlib.repr(method)}", ("quantize", "method"), near)
-    widths = sorted(b for name, b in METHODS if name == method)
-    if (mixed := METHODS.get((method, 0))) is not None:
+    widths = sorted(b for name, b in METHODS if name == method and b)
+    if isinstance(bits, float) and bits in widths:
+        bits = int(bits)
+    uniform = bits in widths and type(bits) is int and block.keys().isdisjoint(MIXING)
+    if (mixed := METHODS.get((method, 0))) is not None and not uniform:
         return mixed, {**block, "bits": float(bits) if type(bits) is int else bits}
     if type(bits) is not int or bits not in widths:
         choice = " or ".join(map(str, widths))
@@ -331,7 +343,7 @@ def _quantize(method: Method[Any], block: dict[str, Any], fail: _Fail) -> Quanti
     params = method.params.model_validate(block)
     if not isinstance(skip, (list, tuple)):
         raise fail("skip is not a list of patterns", ("quantize", "skip"), "for example [lm_head, layers.0]")
-    bits = params.model_dump()["bits"] if method.mixed else method.bits
+    bits = params.bits if isinstance(params, Mixed) else method.bits
     return Quantize.model_validate({"method": method.name, "bits": bits, "skip": tuple(skip), "params": params})
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What a loader goes by; the rest of a quantization_config names layers, versions and what the quantizer did.
 _TELLING = ("quant_method", "format", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "load_in_4bit",
-            "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "config_groups")  # fmt: skip
+            "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "config_groups", "dynamic")  # fmt: skip
 
 
 def packed_weights(checkpoint: Checkpoint, files: SourceFiles) -> dict[str, Packed]:
@@ -51,7 +51,9 @@ def _listed(checkpoint: Checkpoint) -> dict[str, Packed]:
         found = {str(row["name"]): _read(row, quantize) for row in rows}
         for packed in found.values():
             check(checkpoint, packed)
-        _compare(checkpoint, quantize, next(iter(found.values())).spec.dtype)
+        about = manifest["method"]
+        chosen = Selection(*(tuple(map(str, about[key])) for key in ("encoded", "left_dense", "skipped_modules")))
+        _compare(checkpoint, quantize, next(iter(found.values())).spec.dtype, chosen)
     except (QuantkitError, *UNDECODABLE, OverflowError) as e:
         why = e.what if isinstance(e, QuantkitError) else f"{type(e).__name__}: {e}"
         raise SourceError(
@@ -69,10 +71,10 @@ def _read(row: Mapping[str, Any], quantize: Quantize) -> Packed:
     return Packed(spec, quantize.implementation, quantize.params, bool(row.get("transposed")))
 
 
-def _compare(checkpoint: Checkpoint, quantize: Quantize, dtype: str) -> None:
+def _compare(checkpoint: Checkpoint, quantize: Quantize, dtype: str, chosen: Selection) -> None:
     """A loader reads config.json, not the manifest: it must say the same."""
     found = checkpoint.config.get("quantization_config")
-    wanted = quantize.implementation.config(quantize.params, dtype, Selection((), (), ()))
+    wanted = quantize.implementation.config(quantize.params, dtype, chosen)
     if not isinstance(found, dict):
         raise ValueError("config.json has no quantization_config")
     for key in _TELLING:

@@ -26,6 +26,7 @@ from quantkit.errors import NotFiniteError, QuantkitError
 from quantkit.layouts import open_checkpoint
 from quantkit.measurement import Measurement
 from quantkit.methods.exl2 import Exl2
+from quantkit.recipe import build_recipe
 from quantkit.restored import RestoredWeights, open_files
 
 TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
@@ -323,7 +324,7 @@ def test_what_fp16_cannot_hold(tmp_path: Path) -> None:
 def test_more_bits_are_never_expected_to_lose_more(made: tuple[Path, Path]) -> None:
     _, out = made
     found = Measurement.model_validate_json(Path(str(out) + ".measurement.json").read_text())
-    curve = list(api.expected_losses(found).values())
+    curve = list(api.expected_losses(found, build_recipe({"source": "", "quantize": {"method": "exl2"}})).values())
     assert curve == sorted(curve, reverse=True)
     assert len(curve) >= 4
     assert Exl2().bits == 4

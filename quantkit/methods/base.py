@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit.checkpoint.header import TensorSpec
 from quantkit.solvers.coded import Coded
@@ -20,6 +20,17 @@ class Parameters(BaseModel):
     """Base of every method's parameters: the schema of the recipe's `quantize:` block and the text of `--help`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Mixed(Parameters):
+    """Of a method whose linears differ in bits: how many it may spend, and on what. mixes: how each linear is written,
+    in the method's own names (Mixing)."""
+
+    bits: float = Field(4.0, gt=0, le=16, description="bits per weight of the linears together, at the most")
+    min_bits: float = Field(0.0, ge=0, le=16, description="bits per weight of every linear, at the least")
+    max_bits: float = Field(16.0, gt=2, le=16, description="bits per weight of every linear, at the most")
+    mixes: dict[str, str] = Field(default_factory=dict, description="mixes by module or pattern; others are allocated")
+    measurement: str | None = Field(None, description="file of what each linear loses in each mix; else measured first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +107,24 @@ class Decoder(Protocol):
 
 
 P = TypeVar("P", bound=Parameters)
+M = TypeVar("M", bound=Mixed)
+
+
+@dataclass(frozen=True)
+class Mixing(Generic[M]):
+    """How a method spends bits on linears that need not all have the same.
+
+    label: of parameters, what a measurement was made for, in words. options: how a linear may be written, by name; the
+    last is the best there is. cost: bits on disk of a linear written so, companions included. trial: for an option, a
+    solvers.group.Solver that writes every linear so, without refinement. together: of a module, a name that it shares
+    with those that a reader computes at once, and which must be written alike.
+    """
+
+    label: Callable[[M], str]
+    options: Callable[[M, WeightSpec], tuple[str, ...]]
+    cost: Callable[[M, WeightSpec, str], int]
+    trial: Callable[[M, str], Any]
+    together: Callable[[str], str] = lambda module: module
 
 
 @dataclass(frozen=True)
@@ -138,8 +167,8 @@ class Method(Generic[P]):
     calibration.statistics.Statistics of linears that share their inputs, targets and masks (solvers.group). Of methods
     whose weights are codes: pack, these as the outputs; unpack, the inverse, which raises ValueError where outputs
     contradict each other. reader_config: keys that its readers look for in config.json beside those that are there.
-    others: the dtype of all other float tensors, if they are not left in their own. mixed: linears differ in bits;
-    `bits` is one of the parameters, a number that need not be whole, and that of the method is 0.
+    others: the dtype of all other float tensors, if they are not left in their own. mixing: linears differ in
+    bits; parameters are Mixed, and the `bits` of the method is 0.
     """
 
     name: str
@@ -164,7 +193,7 @@ class Method(Generic[P]):
     unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
     reader_config: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _config: {}
     others: str | None = None
-    mixed: bool = False
+    mixing: Mixing[Any] | None = None
 
 
 def apply(method: Method[P], weight: Array, spec: WeightSpec, params: P) -> tuple[dict[str, Array], Report]:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from quantkit.checkpoint.header import TensorSpec
 from quantkit.methods import exl2_format
-from quantkit.methods.base import Array, Description, Method, Parameters, Report, Selection, WeightSpec
+from quantkit.methods.base import Array, Description, Method, Mixed, Mixing, Report, Selection, WeightSpec
 from quantkit.methods.exl2_format import Mix
 
 VERSION = "0.3.2"  # of exllamav2, whose format this is
@@ -30,14 +30,10 @@ READ = frozenset(
 )  # fmt: skip
 
 
-class Exl2(Parameters):
+class Exl2(Mixed):
     """EXL2 (exllamav2): bits by linear."""
 
     bits: float = Field(4.0, gt=0, le=8, description="bits per weight of the linears together, at the most")
-    min_bits: float = Field(0.0, ge=0, le=8, description="bits per weight of every linear, at the least")
-    max_bits: float = Field(9.0, gt=2, le=9, description="bits per weight of every linear, at the most")
-    mixes: dict[str, str] = Field(default_factory=dict, description="mixes by module or pattern; others are allocated")
-    measurement: str | None = Field(None, description="file of what each linear loses in each mix; else measured first")
     effort: Literal["low", "default", "high"] = Field("default", description="time for quality")
     damp: float = Field(0.03, gt=0, lt=1, description="part of the mean diagonal that is added to the Hessian")
 
@@ -103,9 +99,16 @@ def _solve(found: Any, params: Exl2, targets: Any, masks: Any) -> Iterator[tuple
     from quantkit.solvers.exl2 import Exl2Solver, Work
     from quantkit.solvers.group import solve_group
 
-    groups = {name: params.mix(name).groups(weight.shape[1]) for name, weight in found.weights.items()}
     work = Work(4, 2) if params.effort == "high" else Work()
-    return solve_group(found, Exl2Solver(groups, work, params.damp), targets, masks)
+    solver = Exl2Solver(lambda name, columns: params.mix(name).groups(columns), work, params.damp)
+    return solve_group(found, solver, targets, masks)
+
+
+def _trial(params: Exl2, option: str) -> Any:
+    from quantkit.solvers.exl2 import Exl2Solver, Work
+
+    mix = Mix.parse(option)
+    return Exl2Solver(lambda _, columns: mix.groups(columns), Work(0, 0), params.damp)
 
 
 def _streams(params: Exl2) -> tuple[str, ...]:
@@ -167,5 +170,10 @@ METHOD = Method(
     streams=_streams,
     solve=_solve,
     pack=_pack,
-    mixed=True,
+    mixing=Mixing(
+        label=lambda _: "exl2",
+        options=lambda *_: OPTIONS,
+        cost=lambda _, spec, option: Mix.parse(option).cost(spec),
+        trial=_trial,
+    ),
 )

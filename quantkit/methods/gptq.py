@@ -47,18 +47,18 @@ def _layout(params: Grouped) -> Any:
     return gptq_format if params.format == "gptq" else pack_quantized
 
 
-def _outputs(bits: int, spec: WeightSpec, params: Grouped) -> tuple[TensorSpec, ...]:
+def outputs(bits: int, spec: WeightSpec, params: Grouped) -> tuple[TensorSpec, ...]:
     found: tuple[TensorSpec, ...] = _layout(params).outputs(bits, spec, params)
     return found
 
 
-def _pack(bits: int, coded: Coded, spec: WeightSpec, params: Grouped) -> dict[str, Array]:
-    tensors = empty(_outputs(bits, spec, params))
+def pack(bits: int, coded: Coded, spec: WeightSpec, params: Grouped) -> dict[str, Array]:
+    tensors = empty(outputs(bits, spec, params))
     _layout(params).place(bits, coded, 0, spec, params, tensors)
     return tensors
 
 
-def _unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Grouped) -> Coded:
+def unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Grouped) -> Coded:
     found: Coded = _layout(params).unpack(bits, tensors, spec, params)
     return found
 
@@ -69,7 +69,7 @@ def _chunks(spec: WeightSpec) -> list[slice]:
     return [slice(start, min(start + size, spec.rows)) for start in range(0, spec.rows, size)]
 
 
-class _Rounder:
+class Rounder:
     """Encodes a weight that comes whole, in one slab: in the packed tensor, its rows are columns. Beside the slab it
     holds the packed tensors, and some rows in float32."""
 
@@ -89,7 +89,7 @@ class _Rounder:
 
         bits, spec, params = self.bits, self.spec, self.params
         grid = Grid(bits, size_of(params, spec.columns), params.sym)
-        main, *_ = specs = _outputs(bits, spec, params)
+        main, *_ = specs = outputs(bits, spec, params)
         tensors, error, norm = empty(specs), 0.0, 0.0
         x = x.reshape(spec.rows, spec.columns)
         for rows in _chunks(spec):
@@ -108,16 +108,16 @@ class _Rounder:
         return self.companions, self.report
 
 
-class _Restorer:
+class Restorer:
     """Decodes a weight whole."""
 
     def __init__(self, bits: int, spec: WeightSpec, params: Grouped, companions: Mapping[str, Array]) -> None:
         self.bits, self.spec, self.params, self.companions = bits, spec, params, companions
 
     def decode(self, raw: npt.NDArray[np.uint8], start: int, count: int) -> npt.NDArray[np.float32]:
-        main = _outputs(self.bits, self.spec, self.params)[0]
+        main = outputs(self.bits, self.spec, self.params)[0]
         tensors = {**self.companions, main.name: raw.view(np.int32).reshape(main.shape)}
-        coded = _unpack(self.bits, tensors, self.spec, self.params)
+        coded = unpack(self.bits, tensors, self.spec, self.params)
         values = np.empty(coded.codes.shape, np.float32)
         for rows in _chunks(self.spec):  # what Coded.restore holds beside its result is several times as large
             part = replace(coded, codes=coded.codes[rows], scales=coded.scales[rows], zeros=coded.zeros[rows])
@@ -131,7 +131,7 @@ def _config(bits: int, params: Grouped, dtype: str, selection: Selection) -> dic
     return gptq_config.config(bits, params, selection, params.damp if isinstance(params, Gptq) else None)
 
 
-def _describe(name: str, bits: int, params: Grouped) -> Description:
+def describe(name: str, bits: int, params: Grouped) -> Description:
     grid = "symmetric" if params.sym else "asymmetric"
     group = "one scale a row" if params.group_size == -1 else f"groups of {params.group_size}"
     settings = [("Grid", f"{bits} bits, {grid}, {group}"), ("Format", _named(params))]
@@ -156,13 +156,24 @@ def _named(params: Grouped) -> str:
 
 
 def _solve(bits: int, found: Any, params: Gptq, targets: Any, masks: Any) -> Iterator[tuple[str, Any]]:
-    from quantkit.solvers.gptq import Settings
-    from quantkit.solvers.grids import Grid
     from quantkit.solvers.group import GptqSolver, settings_for, solve_group
 
-    grid = Grid(bits, params.group_size or -1, params.sym)
-    settings = settings_for(Settings(grid, _order(params), params.damp), params.effort)
-    return solve_group(found, GptqSolver(settings), targets, masks)
+    chosen = settings_for(settings(grid(bits, params), params), params.effort)
+    return solve_group(found, GptqSolver(chosen), targets, masks)
+
+
+def grid(bits: int, params: Grouped) -> Any:
+    """solvers.grids.Grid of a linear."""
+    from quantkit.solvers.grids import Grid
+
+    return Grid(bits, params.group_size or -1, params.sym)
+
+
+def settings(grid: Any, params: Gptq) -> Any:
+    """solvers.gptq.Settings"""
+    from quantkit.solvers.gptq import Settings
+
+    return Settings(grid, _order(params), params.damp)
 
 
 def _order(params: Gptq) -> Literal["static", "group", "none"]:
@@ -177,26 +188,26 @@ def _method(name: str, bits: int) -> Method[Any]:
         bits=bits,
         needs="hessian" if calibrated else "nothing",
         params=Gptq if calibrated else Rtn,
-        outputs=partial(_outputs, bits),
+        outputs=partial(outputs, bits),
         granule=lambda _: 0,
-        encoder=partial(_Rounder, bits),
-        decoder=partial(_Restorer, bits),
+        encoder=partial(Rounder, bits),
+        decoder=partial(Restorer, bits),
         config=partial(_config, bits),
-        describe=partial(_describe, name, bits),
+        describe=partial(describe, name, bits),
         devices=("cpu", "cuda") if calibrated else ("cpu",),
         resolve=gptq_format.resolve,
         refuses=gptq_format.refuses,
         extra_files=gptq_config.extra_files,
         reader_notes=partial(gptq_config.reader_notes, bits),
         loader=gptq_config.loader,
-        streams=_streams if calibrated else lambda _: (),
+        streams=streams if calibrated else lambda _: (),
         solve=partial(_solve, bits) if calibrated else None,
-        pack=partial(_pack, bits),
-        unpack=partial(_unpack, bits),
+        pack=partial(pack, bits),
+        unpack=partial(unpack, bits),
     )
 
 
-def _streams(params: Gptq) -> tuple[str, ...]:
+def streams(params: Gptq) -> tuple[str, ...]:
     return ("quantized",) if params.effort == "low" else ("quantized", "full")
 
 

@@ -133,12 +133,12 @@ def reader_notes(bits: int, selection: Selection, params: Grouped) -> tuple[str,
 
 def _torn(selection: Selection) -> tuple[str, str] | None:
     """A dense and a quantized module that vLLM computes as one."""
-    encoded = {unit: module for module in reversed(selection.encoded) if (unit := _unit(module))}
-    torn = ((module, encoded.get(_unit(module))) for module in selection.skipped)
+    encoded = {unit: module for module in reversed(selection.encoded) if (unit := computed_at_once(module))}
+    torn = ((module, encoded.get(computed_at_once(module))) for module in selection.skipped)
     return next(((dense, other) for dense, other in torn if other is not None), None)
 
 
-def _unit(module: str) -> str:
+def computed_at_once(module: str) -> str:
     """What vLLM computes at once: linears with the same inputs, all experts of a layer. Empty: the module is alone."""
     if ".experts." in module:
         return module.partition(".experts.")[0] + ".experts"

@@ -16,7 +16,7 @@ Source: compressed-tensors 0.19 and 0.20.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,16 @@ def unpack(bits: int, tensors: Mapping[str, Array], spec: WeightSpec, params: Gr
 
 def config(bits: int, params: Grouped, selection: Selection) -> dict[str, Any]:
     """quantization_config: one scheme for all linears but those listed."""
+    return _config({"group_0": _scheme(bits, params, ["Linear"])}, selection)
+
+
+def mixed_config(schemes: Sequence[tuple[int, Grouped, Sequence[str]]], selection: Selection) -> dict[str, Any]:
+    """The same with a scheme for each set of modules."""
+    groups = {f"group_{i}": _scheme(bits, params, modules) for i, (bits, params, modules) in enumerate(schemes)}
+    return _config(groups, selection)
+
+
+def _scheme(bits: int, params: Grouped, targets: Sequence[str]) -> dict[str, Any]:
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -82,12 +92,15 @@ def config(bits: int, params: Grouped, selection: Selection) -> dict[str, Any]:
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {"targets": list(targets), "weights": weights, "input_activations": None, "output_activations": None}
+
+
+def _config(groups: Mapping[str, Any], selection: Selection) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": dict(groups),
         # Embeddings are no linears. GPT-NeoX's head, which is one, is called embed_out.
         "ignore": sorted({*selection.skipped, *(m for m in selection.listed if "embed" not in m or m == "embed_out")}),
         "kv_cache_scheme": None,

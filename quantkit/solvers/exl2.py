@@ -6,7 +6,7 @@ all rows at once; and a scale can be refitted only to one of the sixteen that it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -179,9 +179,9 @@ def _coded(groups: Groups, codes: Tensor, scales: _Scales, position: Tensor) -> 
 
 @dataclass(frozen=True)
 class Exl2Solver:
-    """solvers.group.Solver of EXL2's codes. groups: by linear."""
+    """solvers.group.Solver of EXL2's codes. groups: of a linear, from its name and its inputs."""
 
-    groups: Mapping[str, Groups]
+    groups: Callable[[str, int], Groups]
     work: Work
     damp: float
 
@@ -199,9 +199,9 @@ class Exl2Solver:
         keep: Tensor | None,
         factor: Factor | None,
     ) -> Solved[Exl2Coded]:
-        groups = self.groups[name]
+        groups = self.groups(name, weight.shape[1])
         with torch.no_grad():
             return solve(weight, hessian, groups, factor, target=target, keep=keep, work=self.work, damp=self.damp)
 
     def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Exl2Coded:
-        return nearest(weight, self.groups[name], positions(hessian))
+        return nearest(weight, self.groups(name, weight.shape[1]), positions(hessian))

@@ -9,14 +9,14 @@ way, the corrections of one layer after the other feed on each other, and the mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from quantkit.solvers.factor import Factor
 from quantkit.solvers.gptq import Report, Restorable, Settings, Solved, factor_for, solve, step_toward
-from quantkit.solvers.grids import rtn
+from quantkit.solvers.grids import Grid, rtn
 from quantkit.torch_setup import give_back_beside
 
 Effort = Literal["low", "default", "high"]
@@ -56,9 +56,10 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class GptqSolver:
-    """Codes of GPTQ's kind, on one grid for all linears."""
+    """Codes of GPTQ's kind. grids: of linears that are on another than the settings' own."""
 
     settings: Settings
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def factor(self, hessian: Tensor) -> Factor | None:
         return factor_for(hessian, self.settings)
@@ -73,10 +74,13 @@ class GptqSolver:
         keep: Tensor | None,
         factor: Factor | None,
     ) -> Solved[Restorable]:
-        return solve(weight, hessian, self.settings, target=target, keep=keep, factor=factor)
+        return solve(weight, hessian, self._own(name), target=target, keep=keep, factor=factor)
 
     def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Restorable:
-        return rtn(weight, self.settings.grid)
+        return rtn(weight, self._own(name).grid)
+
+    def _own(self, name: str) -> Settings:
+        return replace(self.settings, grid=self.grids.get(name, self.settings.grid))
 
 
 class Statistics(Protocol):

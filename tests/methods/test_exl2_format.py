@@ -158,7 +158,7 @@ def loss(weight: torch.Tensor, restored: npt.NDArray[np.float32], hessian: torch
 def test_solving_beats_rounding_and_says_what_it_loses(text: str) -> None:
     weight, hessian = layer(96, 256, 3)
     groups = Mix.parse(text).groups(256)
-    solver = exl2.Exl2Solver({"a": groups}, exl2.Work(), 0.03)
+    solver = exl2.Exl2Solver(lambda *_: groups, exl2.Work(), 0.03)
     solved = solver.solve("a", weight, hessian, target=None, keep=None, factor=solver.factor(hessian))
     found = loss(weight, solved.coded.restore(), hessian)
     nearest = loss(weight, solver.nearest("a", weight, hessian).restore(), hessian)
@@ -185,7 +185,7 @@ def test_rounding_is_as_good_as_it_can_be_expected_to_be(bits: int, error: float
 def test_a_mask_is_kept() -> None:
     weight, hessian = layer(64, 128, 5)
     keep = torch.rand(64, 128, generator=torch.Generator().manual_seed(1)) > 0.5
-    solver = exl2.Exl2Solver({"a": Mix.parse("0.25:4_32/0.75:3_32").groups(128)}, exl2.Work(), 0.03)
+    solver = exl2.Exl2Solver(lambda *_: Mix.parse("0.25:4_32/0.75:3_32").groups(128), exl2.Work(), 0.03)
     for factor in (solver.factor(hessian), None):
         solved = solver.solve("a", weight, hessian, target=None, keep=keep, factor=factor)
         assert (solved.coded.restore()[~keep.numpy()] == 0).all()
@@ -195,7 +195,7 @@ def test_rows_of_zeros_and_tiny_weights_do_no_harm() -> None:
     weight, hessian = layer(64, 128, 6)
     weight[3], weight[5], weight[:, 7] = 0, 1e-9, 0
     hessian[9], hessian[:, 9] = 0, 0
-    solver = exl2.Exl2Solver({"a": Mix.parse("4_32").groups(128)}, exl2.Work(), 0.03)
+    solver = exl2.Exl2Solver(lambda *_: Mix.parse("4_32").groups(128), exl2.Work(), 0.03)
     restored = solver.solve("a", weight, hessian, target=None, keep=None, factor=solver.factor(hessian)).coded.restore()
     assert np.isfinite(restored).all()
     assert (restored[3] == 0).all()
@@ -207,7 +207,7 @@ def test_rows_of_zeros_and_tiny_weights_do_no_harm() -> None:
 def test_any_number_of_threads_makes_the_same(threads: int) -> None:
     before = torch.get_num_threads()
     weight, hessian = layer(160, 192, 8)
-    solver = exl2.Exl2Solver({"a": Mix.parse("0.25:4_32/0.75:3_32").groups(192)}, exl2.Work(), 0.03)
+    solver = exl2.Exl2Solver(lambda *_: Mix.parse("0.25:4_32/0.75:3_32").groups(192), exl2.Work(), 0.03)
     found = []
     try:
         for count in (threads, 3):
