@@ -33,22 +33,26 @@ EVERY = [
     if not (group == -1 and "act_order" in more)
 ]
 V2 = [{"bits": bits, "group_size": 64, "sym": False, "checkpoint_format": "gptq_v2"} for bits in (2, 3, 4, 8)]
+COMPRESS = {"format": "compressed-tensors"}
 COMPRESSED = [
-    {"bits": bits, "group_size": group, "sym": sym, "format": "compressed-tensors"}
+    {"bits": bits, "group_size": group, "sym": sym, **COMPRESS}
     for bits in (2, 3, 4, 8)
     for group in (-1, 32, 128)
     for sym in (True, False)
 ]
+FORMS = {"q_proj": "4_32", "k_proj": "4_32", "v_proj": "4_32", "o_proj": "8_128", "mlp.gate_proj": "3_64",
+         "mlp.up_proj": "3_64", "down_proj": "2_32"}  # fmt: skip
+MIXED = {"bits": 9.0, "group_size": None, "mixes": FORMS}  # linears that differ in bits and group size
 WRONG = {"bits": 4, "group_size": -1, "sym": False}
 # Environment, reader, what it reads, and how far its layers may be from ours, relative to the largest weight.
 READERS: dict[str, tuple[str, str, list[dict[str, Any]], float]] = {
     # It computes in fp16, and takes version 1 with zero points only from itself.
-    "gptqmodel": ("gptqmodel", "gptqmodel", [c for c in EVERY if c.get("sym", True)] + V2, 2e-3),
+    "gptqmodel": ("gptqmodel", "gptqmodel", [c for c in EVERY if c.get("sym", True)] + V2 + [MIXED], 2e-3),
     # Its kernels for some widths compute in bf16, and that for 4 bits with one asymmetric group a row is wrong.
     "transformers and optimum": ("gptqmodel", "transformers", [c for c in EVERY if c != WRONG] + V2, 1e-2),
     # It rounds scale times zero to fp16.
     "auto-gptq 0.7.1": ("autogptq", "autogptq", EVERY, 2e-3),
-    "compressed-tensors": ("llmcompressor", "transformers", COMPRESSED, 1e-6),
+    "compressed-tensors": ("llmcompressor", "transformers", [*COMPRESSED, MIXED | COMPRESS], 1e-6),
 }
 
 
@@ -60,7 +64,7 @@ def python_of(environment: str) -> Path:
 
 
 def name_of(options: dict[str, Any]) -> str:
-    return "-".join(f"{k}_{v}" for k, v in options.items()).replace("-1", "row")
+    return "-".join(k if k == "mixes" else f"{k}_{v}" for k, v in options.items()).replace("-1", "row")
 
 
 def run_reader(environment: str, reader: str, out: Path, folders: list[Path]) -> None:
