@@ -43,6 +43,7 @@ from quantkit.plans import (
     Unit,
     digest,
 )
+from quantkit.plots import ALLOCATION, allocation_plot, can_plot
 from quantkit.pruning import NAMES, Prune
 from quantkit.publication import Measured, draft_manifest, finish_manifest, manifest_text, render_from_manifest
 from quantkit.recipe import Quantize, Recipe
@@ -62,6 +63,7 @@ _ASSUMED = (
     "bits are not measured yet: which linears get how many is a stand-in, their sum is not. A run measures first, or "
     "`quantkit measure` does",
 )
+_NO_PLOT = ("no plot of the bits without matplotlib: `pip install quantkit[plot]`",)
 UNKNOWN_PART = 0.05  # of the weights of all matrices in the decoder layers
 PRUNED_TOGETHER = 128  # columns; solvers.sparsegpt has the same number, beside torch, which no plan loads
 # Bytes for each weight of a linear that is pruned or encoded whole: its mask, what it becomes, its bits turned, what it
@@ -153,7 +155,7 @@ def make_plan(
         config |= method.reader_config(config)
         config["quantization_config"] = method.config(recipe.quantize.params, compute, chosen.selection)
         extra = method.extra_files(config["quantization_config"])
-        target = replace(target, generated={**target.generated, **extra})
+        target = replace(target, generated={**target.generated, **extra, **_plot(units, chosen)})
     warnings = [
         *checkpoint.notes,
         *(checkpoint.config_notes if target.layout == "hf" else ()),
@@ -164,6 +166,7 @@ def make_plan(
         *_unknown(tensors, chosen),
         *_sparse_parent(checkpoint, recipe),
         *(_ASSUMED if chosen.allocation is not None and chosen.allocation.assumed else ()),
+        *(_NO_PLOT if chosen.allocation is not None and not can_plot() else ()),
         *_warnings(units, recipe, chosen, target, len(shards)),
     ]
     identity = digest(
@@ -191,6 +194,18 @@ def make_plan(
     draft = draft_manifest(plan, checkpoint, target, chosen.selection, loader)
     plan = replace(plan, draft=draft)
     return replace(plan, files=tuple(_files(plan)))
+
+
+def _plot(units: Sequence[Unit], chosen: _Chosen) -> dict[str, bytes]:
+    """How bits are spread over layers, as a figure, once that is known."""
+    if chosen.allocation is None or chosen.allocation.assumed or not can_plot():
+        return {}
+    linears = [
+        (u.linear.layer, u.linear.kind, 8 * sum(t.nbytes for t in u.outputs) / u.source.numel, u.source.numel)
+        for u in units
+        if u.quantized and u.linear is not None
+    ]
+    return {ALLOCATION: allocation_plot(linears)}
 
 
 def _loader(recipe: Recipe, chosen: _Chosen, target: Target) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from quantkit.methods import find_method
 from quantkit.methods.base import Report, Selection
 from quantkit.parent_card import ParentCard, read_parent_card
 from quantkit.plans import CARD, MANIFEST, Plan, PlannedFile, Unit
+from quantkit.plots import ALLOCATION
 from quantkit.pruning import NAMES, Prune
 from quantkit.recipe import SHARD_SIZE
 from quantkit.version import __version__
@@ -144,7 +145,8 @@ def _allocation(plan: Plan, found: Allocated) -> dict[str, Any]:
         for kind, own in kinds.items()
     ]
     known = {} if found.loss is None else {"expected_kl": _short(found.loss), "bound": _short(found.bound)}
-    return {"bits": round(found.bits, 4), **known, "rows": rows}
+    plot = {"plot": ALLOCATION} if ALLOCATION in plan.generated else {}
+    return {"bits": round(found.bits, 4), **known, **plot, "rows": rows}
 
 
 def _about(plan: Plan, selection: Selection) -> dict[str, Any]:

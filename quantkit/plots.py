@@ -1,0 +1,53 @@
+"""Figures for published folders, drawn with matplotlib, which is an extra: `pip install quantkit[plot]`.
+
+The same numbers make the same bytes, with one version of matplotlib: fonts are its own, and no date is written.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import numpy as np
+
+ALLOCATION = "allocation.png"
+INCHES, DPI = (10.0, 0.32), 100  # width of the figure, height of a row; dots per inch
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is there."""
+    return find_spec("matplotlib") is not None
+
+
+def allocation_plot(linears: Sequence[tuple[int, str, float, int]]) -> bytes:
+    """A PNG of the bits per weight of linears (layer, kind, bits, weights): a column for each layer, a row for each
+    kind. What has no layer is not in it; several of a kind in one layer, experts, count as their mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for layer, kind, bits, weights in linears:
+        if layer >= 0:
+            sums[kind, layer][0] += bits * weights
+            sums[kind, layer][1] += weights
+    kinds = list(dict.fromkeys(kind for kind, _ in sums))
+    layers = max((layer for _, layer in sums), default=0) + 1
+    table = np.full((len(kinds), layers), np.nan)
+    for (kind, layer), (all_bits, all_weights) in sums.items():
+        table[kinds.index(kind), layer] = all_bits / all_weights
+
+    width, row = INCHES
+    figure = Figure(figsize=(width, row * len(kinds) + 1.2), dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(table, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xticks(range(0, layers, max(1, layers // 16)))
+    axes.set_xlabel("layer")
+    axes.set_title("bits per weight")
+    figure.colorbar(image, ax=axes)
+    found = io.BytesIO()
+    canvas.print_png(found, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    return found.getvalue()
