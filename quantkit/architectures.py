@@ -32,7 +32,7 @@ class Linear:
 
     module: str  # without ".weight": "model.layers.3.self_attn.q_proj"
     kind: str  # the same in every block and for every expert: "block_sparse_moe.experts.w1"
-    layer: int  # -1 outside the blocks (OPT's project_in and project_out)
+    layer: int  # -1 outside the blocks (OPT's project_in and project_out); of a head, the number of blocks
     transposed: bool  # on disk [in, out]
     expert: bool  # one of many of its kind in its block
 

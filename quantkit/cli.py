@@ -79,6 +79,7 @@ _quantize_options = _options(
     click.option(
         "--measurement", metavar="FILE", help="Of `quantkit measure`, for mixed bits.  [default: measured first]"
     ),
+    click.option("--head-bits", type=int, help="exl2: of a head with a matrix of its own; 16: dense.  [default: 6]"),
     click.option("--min-bits", type=float, help="Mixed bits: those of any linear, at the least."),
     click.option("--max-bits", type=float, help="Mixed bits: those of any linear, at the most."),
     click.option("--checkpoint-format", help="gptq, rtn: gptq or gptq_v2.  [default: gptq]"),
@@ -155,6 +156,7 @@ def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert", "prune
         "method": "quantize.method",
         "bits": "quantize.bits",
         "measurement": "quantize.measurement",
+        "head_bits": "quantize.head_bits",
         "min_bits": "quantize.min_bits",
         "max_bits": "quantize.max_bits",
         "quant_type": "quantize.quant_type",

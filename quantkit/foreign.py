@@ -20,7 +20,7 @@ from quantkit.methods.base import WeightSpec
 from quantkit.methods.bnb_4bit import TORCH_DTYPE
 from quantkit.methods.gptq import BITS, Gptq
 from quantkit.packed import UNDECODABLE, Packed, check, load_tensor
-from quantkit.planner import find_linears
+from quantkit.selection import find_linears
 
 VERSIONS = ("gptq", "gptq_v2")
 OLD_CONFIG = "quantize_config.json"  # of AutoGPTQ, before config.json had a place for it

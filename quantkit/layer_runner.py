@@ -107,10 +107,13 @@ class LayerRun:
         skeleton = Skeleton(self.checkpoint.config, self.checkpoint.tensors, self.checkpoint.folder, device)
         places = {p.name: p for layer in skeleton.inside for p in layer}
         layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
+        head: dict[str, Linear] = {}  # behind the last layer
+        places |= {p.name: p for p in skeleton.outside}
         for name, unit in self.units.items():
             assert unit.linear is not None
             linear = Linear(places[unit.name], unit.linear.transposed, unit.linear.expert)
-            layers[unit.linear.layer][name] = linear
+            of_layer = layers[unit.linear.layer] if unit.linear.layer < len(layers) else head
+            of_layer[name] = linear
         folder = scratch(out)
         folder.mkdir(exist_ok=True)
         compute = fast_dtype(skeleton.device)
@@ -130,11 +133,13 @@ class LayerRun:
             with closing(made):
                 made.excluded = set(done.excluded)
                 made.begin(done.layers)
-                for index in range(done.layers, len(layers)):
+                for index in range(done.layers, len(layers) + len(head)):
                     if isinstance(made, BlockStream):
                         made.block(index, self._encode)
-                    else:
+                    elif index < len(layers):
                         made.layer(index, self._solve)
+                    else:
+                        made.head(*next(iter(head.items())), self._solve)
                     note = {"layer": index, "excluded": sorted(made.excluded), "compute": str(compute).split(".")[1]}
                     self.committer.note(note)
                     self.committer.check()

@@ -135,12 +135,14 @@ Losses = Mapping[str, Mapping[str, float]]  # in nats a token, by module and mix
 @dataclass(frozen=True)
 class Allocated:
     """bits: per weight of all linears, companions included. loss: expected, in nats a token, None where nothing was
-    measured; bound: no allocation from these losses can have less. assumed: a stand-in decided."""
+    measured; bound: no allocation from these losses can have less. assumed: a stand-in decided. head: the module that
+    is quantized beside them, with bits of its own."""
 
     bits: float
     loss: float | None
     bound: float
     assumed: bool
+    head: str | None = None
 
 
 def allocated(mixing: Mixing[M], params: M, specs: Sequence[WeightSpec], losses: Losses | None) -> tuple[M, Allocated]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from quantkit import architectures
@@ -24,10 +23,9 @@ from quantkit.layer_memory import LayerShape, StreamShape, plan_layers
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
 from quantkit.layouts.base import MANIFEST as MANIFEST_NAME
 from quantkit.layouts.hf import index_text
-from quantkit.measurement import Allocated, Losses, allocated
+from quantkit.measurement import Losses
 from quantkit.memory import MemoryPlan, Work, plan_memory
-from quantkit.methods.base import Selection, WeightSpec
-from quantkit.patterns import select
+from quantkit.methods.base import WeightSpec
 from quantkit.plans import (
     CARD,
     CONFIG,
@@ -46,8 +44,8 @@ from quantkit.plans import (
 from quantkit.plots import ALLOCATION, allocation_plot, can_plot
 from quantkit.pruning import NAMES, Prune
 from quantkit.publication import Measured, draft_manifest, finish_manifest, manifest_text, render_from_manifest
-from quantkit.recipe import Quantize, Recipe
-from quantkit.solvers.pattern import Pattern
+from quantkit.recipe import Recipe
+from quantkit.selection import Chosen, choose, find_linears, misfits, spec_of, specs_of, to_quantize, unknown
 from quantkit.version import __version__
 
 # Tensor names that only a quantized checkpoint has.
@@ -64,8 +62,6 @@ _ASSUMED = (
     "`quantkit measure` does",
 )
 _NO_PLOT = ("no plot of the bits without matplotlib: `pip install quantkit[plot]`",)
-UNKNOWN_PART = 0.05  # of the weights of all matrices in the decoder layers
-PRUNED_TOGETHER = 128  # columns; solvers.sparsegpt has the same number, beside torch, which no plan loads
 # Bytes for each weight of a linear that is pruned or encoded whole: its mask, what it becomes, its bits turned, what it
 # is encoded to and decoded from; and while SparseGPT moves weights, four copies of it in float32.
 MADE, PRUNING = 16, 17
@@ -112,19 +108,6 @@ def source_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
     return tensors
 
 
-def find_linears(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[list[Linear], tuple[str, ...], str, str]:
-    """Linears to encode, modules for `llm_int8_skip_modules`, the architecture's name, and its reader warning."""
-    row = architectures.find(checkpoint.config)
-    if row is not None:
-        found = architectures.linears(row, checkpoint.config, names)
-        skip = architectures.skip_modules(row, checkpoint.config)
-        return found, skip, row.name, row.warning
-    from quantkit.derived_architecture import derive  # asks transformers, and so imports torch
-
-    found, skip = derive(checkpoint.config, names)
-    return found, skip, str(checkpoint.config.get("model_type")), ""
-
-
 def make_plan(
     recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: bool = True, losses: Losses | None = None
 ) -> Plan:
@@ -137,10 +120,10 @@ def make_plan(
         raise SourceError(f"{reason} ({how})", where=str(checkpoint.folder), hint="name the unquantized parent instead")
     target = target_of(recipe, checkpoint)
     tensors = [t for t in source_tensors(checkpoint) if t.name in target.names]
-    chosen, tokens = _Chosen(), None
+    chosen, tokens = Chosen(), None
     if recipe.quantize is not None or recipe.prune is not None:
         _check_device(recipe)
-        chosen = _choose(recipe, checkpoint, tensors, losses)
+        chosen = choose(recipe, checkpoint, tensors, losses)
         if recipe.quantize is not None:
             quantize = recipe.quantize.model_copy(update={"params": chosen.params})
             recipe = recipe.model_copy(update={"quantize": quantize})
@@ -162,8 +145,8 @@ def make_plan(
         *target.notes,
         *(tokens.doubts if tokens is not None else ()),
         *(_SINGLE_ROW if tokens is not None and len(tokens.ids) == 1 and "full" in _streams(recipe, tokens) else ()),
-        *_misfits(checkpoint, tensors, chosen),
-        *_unknown(tensors, chosen),
+        *misfits(checkpoint, tensors, chosen),
+        *unknown(tensors, chosen),
         *_sparse_parent(checkpoint, recipe),
         *(_ASSUMED if chosen.allocation is not None and chosen.allocation.assumed else ()),
         *(_NO_PLOT if chosen.allocation is not None and not can_plot() else ()),
@@ -196,19 +179,19 @@ def make_plan(
     return replace(plan, files=tuple(_files(plan)))
 
 
-def _plot(units: Sequence[Unit], chosen: _Chosen) -> dict[str, bytes]:
+def _plot(units: Sequence[Unit], chosen: Chosen) -> dict[str, bytes]:
     """How bits are spread over layers, as a figure, once that is known."""
     if chosen.allocation is None or chosen.allocation.assumed or not can_plot():
         return {}
     linears = [
         (u.linear.layer, u.linear.kind, 8 * sum(t.nbytes for t in u.outputs) / u.source.numel, u.source.numel)
         for u in units
-        if u.quantized and u.linear is not None
+        if u.quantized and u.linear is not None and u.linear.module != chosen.allocation.head
     ]
     return {ALLOCATION: allocation_plot(linears)}
 
 
-def _loader(recipe: Recipe, chosen: _Chosen, target: Target) -> tuple[str, str]:
+def _loader(recipe: Recipe, chosen: Chosen, target: Target) -> tuple[str, str]:
     """Which program the card shows for loading the result, and what is to be said of others."""
     if target.layout != "hf":
         return "mistral-inference", ""
@@ -249,55 +232,12 @@ def _check_device(recipe: Recipe) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Which linears are quantized, and which are pruned, by tensor name; what config.json lists as left alone; the
-    architecture's name, and its warning about readers; all linears there are."""
-
-    quantized: Mapping[str, Linear] = field(default_factory=dict)
-    pruned: Mapping[str, Linear] = field(default_factory=dict)
-    all: Sequence[Linear] = ()
-    skipped: tuple[str, ...] = ()
-    architecture: str = ""
-    warning: str = ""
-    derived: bool = False  # transformers was asked, and so torch is there
-    refused: Mapping[str, str] = field(default_factory=dict)  # why the format cannot hold them, by module
-    params: Any = None  # of the method, nothing left open
-    allocation: Allocated | None = None  # of a method that mixes bits
-
-    @property
-    def selection(self) -> Selection:
-        encoded = tuple(linear.module for linear in self.quantized.values())
-        return Selection(encoded, tuple(x.module for x in self.all if x.module not in set(encoded)), self.skipped)
-
-
-def _choose(recipe: Recipe, checkpoint: Checkpoint, tensors: Sequence[SourceTensor], losses: Losses | None) -> _Chosen:
-    linears, skip_modules, name, warning = find_linears(checkpoint, [t.name for t in tensors])
-    known = architectures.find(checkpoint.config) is not None
-    found = _Chosen({}, {}, linears, (), name, warning, not known)
-    if recipe.quantize is not None:
-        found = _to_quantize(recipe.quantize, checkpoint, tensors, found, skip_modules)
-        if (mixing := recipe.mixing) is not None:
-            specs = specs_of(tensors, found.quantized, str(checkpoint.folder))
-            mixed, allocation = allocated(mixing, found.params, specs, losses)
-            found = replace(found, params=mixed, allocation=allocation)
-    if recipe.prune is not None:
-        found = replace(found, pruned=_to_prune(recipe.prune, checkpoint, tensors, linears))
-    return found
-
-
-def specs_of(tensors: Sequence[SourceTensor], chosen: Mapping[str, Linear], where: str) -> list[WeightSpec]:
-    """Of the linears chosen, by tensor name, in their order."""
-    by_name = {t.name: t for t in tensors}
-    return [_spec(by_name[name], linear, where) for name, linear in chosen.items()]
-
-
 def linears_to_mix(recipe: Recipe, checkpoint: Checkpoint) -> tuple[list[Linear], list[WeightSpec], Any]:
     """The linears that a method takes which mixes bits, and its parameters with nothing left open but the mixes."""
     assert recipe.quantize is not None
     tensors = [t for t in source_tensors(checkpoint) if t.name in target_of(recipe, checkpoint).names]
     linears, skip, name, warning = find_linears(checkpoint, [t.name for t in tensors])
-    found = _to_quantize(recipe.quantize, checkpoint, tensors, _Chosen({}, {}, linears, (), name, warning), skip)
+    found = to_quantize(recipe.quantize, checkpoint, tensors, Chosen({}, {}, linears, (), name, warning), skip)
     return list(found.quantized.values()), specs_of(tensors, found.quantized, str(checkpoint.folder)), found.params
 
 
@@ -306,78 +246,6 @@ def tokens_for(recipe: Recipe, checkpoint: Checkpoint) -> Tokens:
     tokens = _calibrate(recipe, checkpoint, target_of(recipe, checkpoint), quiet=True)[1]
     assert tokens is not None
     return tokens
-
-
-def _to_prune(
-    prune: Prune, checkpoint: Checkpoint, tensors: Sequence[SourceTensor], linears: Sequence[Linear]
-) -> dict[str, Linear]:
-    modules = [x.module for x in linears if x.layer >= 0]
-    if not modules:
-        raise SourceError(
-            "there are no linears of decoder layers to prune", where=str(checkpoint.folder),
-            hint="check that config.json belongs to these weights",
-        )  # fmt: skip
-    wanted = prune.chosen(modules)
-    if not wanted:
-        raise UsageError(
-            f"nothing is left to prune: {len(modules):,} linears found, none of them chosen",
-            hint="check --targets and --skip",
-        )
-    chosen = {f"{x.module}.weight": x for x in linears if x.module in wanted}
-    by_name = {t.name: t for t in tensors}
-    specs = [_spec(by_name[name], linear, str(checkpoint.folder)) for name, linear in chosen.items()]
-    if prune.amount == 0 or not any(n is None or n for n in (prune.count(s.rows, s.columns) for s in specs)):
-        widest = max(spec.columns for spec in specs)
-        raise UsageError(
-            f"nothing would be pruned: {prune.requested} of {widest:,} inputs is less than one", hint="ask for more"
-        )
-    if isinstance(amount := prune.amount, Pattern):
-        for name, linear in chosen.items():
-            columns = _spec(by_name[name], linear, str(checkpoint.folder)).columns
-            if columns % amount.of:
-                raise UsageError(
-                    f"{linear.module} has {columns:,} inputs, which groups of {amount.of} do not divide",
-                    where=f"{checkpoint.folder}/{by_name[name].file}",
-                    hint=f"take another --pattern, or leave it alone with --skip {linear.kind.rpartition('.')[2]}",
-                )
-        if prune.method == "sparsegpt" and PRUNED_TOGETHER % amount.of:
-            raise UsageError(
-                f"sparsegpt takes {PRUNED_TOGETHER} columns at a time, which groups of {amount.of} do not divide",
-                hint="take --method wanda, or another --pattern",
-            )
-    return chosen
-
-
-def _to_quantize(
-    quantize: Quantize,
-    checkpoint: Checkpoint,
-    tensors: Sequence[SourceTensor],
-    found: _Chosen,
-    skip_modules: Sequence[str],
-) -> _Chosen:
-    linears = found.all
-    modules = [t.name.removesuffix(".weight") for t in tensors if t.name.endswith(".weight")]
-    left_out = select(modules, quantize.skip)
-    method, by_name = quantize.implementation, {t.name: t for t in tensors}
-    wanted = [x for x in linears if x.module not in left_out]
-    specs = {x.module: _spec(by_name[f"{x.module}.weight"], x, str(checkpoint.folder)) for x in wanted}
-    params = method.resolve(quantize.params, tuple(specs.values()))
-    refused = {module: why for module, spec in specs.items() if (why := method.refuses(spec, params)) is not None}
-    chosen = {f"{x.module}.weight": x for x in wanted if x.module not in refused}
-    if not chosen:
-        why = f"{len(linears)} linear layers found, all of them skipped"
-        hint = "check --skip, and that config.json belongs to these weights"
-        if refused:
-            module, reason = next(iter(refused.items()))
-            why = f"{module}, as an example, {reason}"
-            hint = "try --method bnb" + (", or another --group-size" if "group size" in reason else "")
-        raise SourceError(
-            f"nothing is left to quantize: {why}",
-            where=str(checkpoint.folder),
-            hint=hint,
-        )  # fmt: skip
-    skipped = tuple(dict.fromkeys((*skip_modules, *sorted(x.module for x in linears if x.module in left_out))))
-    return replace(found, quantized=chosen, skipped=skipped, refused=refused, params=params)
 
 
 def _calibrate(recipe: Recipe, checkpoint: Checkpoint, target: Target, *, quiet: bool) -> tuple[Recipe, Tokens | None]:
@@ -406,18 +274,7 @@ def _streams(recipe: Recipe, tokens: Tokens | None) -> tuple[str, ...]:
     return streams or ("quantized",)
 
 
-def _spec(source: SourceTensor, linear: Linear, where: str) -> WeightSpec:
-    """A linear as the method sees it. SourceError if it is none."""
-    if source.dtype not in FLOATS or len(source.shape) != 2 or not source.numel:
-        raise SourceError(
-            f"tensor {source.name!r} is {source.dtype} {list(source.shape)}: no 16- or 32-bit float matrix",
-            where=f"{where}/{source.file}", hint="name the unquantized parent, or leave the tensor alone with --skip",
-        )  # fmt: skip
-    rows, columns = reversed(source.shape) if linear.transposed else source.shape
-    return WeightSpec(linear.module, source.dtype, rows, columns)
-
-
-def _unit(source: SourceTensor, chosen: _Chosen, recipe: Recipe, target: Target, where: str) -> Unit:
+def _unit(source: SourceTensor, chosen: Chosen, recipe: Recipe, target: Target, where: str) -> Unit:
     # Offsets and files of the outputs are filled in by _shard.
     quantized, pruned = source.name in chosen.quantized, source.name in chosen.pruned
     head_dim = 0 if quantized else target.head_dims.get(source.name, 0)
@@ -429,7 +286,7 @@ def _unit(source: SourceTensor, chosen: _Chosen, recipe: Recipe, target: Target,
         granule = math.lcm(source.granule, head_dim * source.columns or 1)
         return Unit(source, outputs, head_dim=head_dim, granule=granule)
     linear = chosen.quantized[source.name] if quantized else chosen.pruned[source.name]
-    weight = _spec(source, linear, where)
+    weight = spec_of(source, linear, where)
     granule = 0
     if quantized and recipe.quantize is not None:
         method, params = recipe.quantize.implementation, recipe.quantize.params
@@ -493,7 +350,7 @@ def _lay_out(name: str, tensors: Sequence[TensorSpec], target: Target) -> Shard:
 def _memory(
     units: Sequence[Unit],
     recipe: Recipe,
-    chosen: _Chosen,
+    chosen: Chosen,
     target: Target,
     checkpoint: Checkpoint,
     tokens: Tokens | None,
@@ -575,29 +432,6 @@ def _copies(unit: Unit, *, checked: bool) -> float:
     return arranged + written + (1.25 + written + arranged if checked else 0)
 
 
-def _misfits(checkpoint: Checkpoint, tensors: Sequence[SourceTensor], chosen: _Chosen) -> list[str]:
-    """Where config.json and the weights contradict each other: what is written then will not load, or not work."""
-    row = architectures.find(checkpoint.config)
-    if row is None:
-        return []
-    linears = chosen.all or architectures.linears(row, checkpoint.config, [t.name for t in tensors])
-    found = []
-    for t in tensors:
-        shape = architectures.expected_shape(row, checkpoint.config, t.name)
-        if shape is not None and shape != t.shape:
-            found.append(f"tensor {quote(t.name)} is {list(t.shape)}, config.json makes it {list(shape)}")
-    layers = len({x.layer for x in linears if x.layer >= 0})
-    stated = checkpoint.config.get("num_hidden_layers", checkpoint.config.get("n_layer"))
-    if type(stated) is int and stated != layers:
-        found.append(f"config.json speaks of {stated:,} layers, the weights hold {layers:,}")
-    kinds = Counter(x.kind for x in linears if x.layer >= 0 and not x.expert)
-    # With experts, a layer may be of one kind or the other.
-    odd = [kind for kind, n in kinds.items() if n != layers and not any(x.expert for x in linears)]
-    if odd:
-        found.append(f"{odd[0]} is there in {kinds[odd[0]]} of {layers} layers: the checkpoint is incomplete")
-    return [f"the weights do not fit config.json: {what}" for what in found[:3]]
-
-
 def _sparse_parent(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """Whether a parent that quantkit pruned is to be quantized without a word about its zeros."""
     if recipe.quantize is None or recipe.prune is not None or not (checkpoint.folder / MANIFEST_NAME).is_file():
@@ -615,21 +449,7 @@ def _sparse_parent(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     ]
 
 
-def _unknown(tensors: Sequence[SourceTensor], chosen: _Chosen) -> list[str]:
-    """Whether much of the decoder layers is in matrices that are not known to be linears, such as stacked experts."""
-    layers = {x.module.partition(f".{x.layer}.")[0] for x in chosen.all if x.layer >= 0}
-    known = {f"{x.module}.weight" for x in chosen.all}
-    inside = [t for t in tensors if any(re.match(re.escape(p) + r"\.\d+\.", t.name) for p in layers)]
-    inside = [t for t in inside if len(t.shape) > 1 and t.dtype in FLOATS]
-    others = sorted((t for t in inside if t.name not in known), key=lambda t: -t.numel)
-    weights, left = sum(t.numel for t in inside), sum(t.numel for t in others)
-    if left <= UNKNOWN_PART * weights:
-        return []
-    what = f"{len(others):,} tensors of the decoder layers, such as {quote(others[0].name)}"
-    return [f"{what}, with {left / weights:.0%} of their weights, are not known here as linears: they stay as they are"]
-
-
-def _warnings(units: Sequence[Unit], recipe: Recipe, chosen: _Chosen, target: Target, shards: int) -> list[str]:
+def _warnings(units: Sequence[Unit], recipe: Recipe, chosen: Chosen, target: Target, shards: int) -> list[str]:
     _, about_loaders = _loader(recipe, chosen, target)
     warnings = [about_loaders] if about_loaders else []
     if recipe.quantize is not None:

@@ -148,7 +148,10 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Of the quantized linears, companions included; None if there are none."""
+        """Of the quantized linears, companions included, but for a head that has bits of its own; None if there are
+        none."""
+        if self.allocation is not None:
+            return self.allocation.bits
         weights = sum(u.source.numel for u in self.quantized)
         return 8 * sum(t.nbytes for u in self.quantized for t in u.outputs) / weights if weights else None
 

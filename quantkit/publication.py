@@ -130,9 +130,13 @@ def draft_manifest(
 def _allocation(plan: Plan, found: Allocated) -> dict[str, Any]:
     """How bits were shared out: by kind of module, bits per weight on disk, and what that is expected to cost."""
     kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    head = {}
     for unit in plan.quantized:
         assert unit.linear is not None
         bits = 8 * sum(t.nbytes for t in unit.outputs) / unit.source.numel
+        if unit.linear.module == found.head:
+            head = {"head": round(bits, 3)}
+            continue
         kinds[unit.linear.kind].append((bits, unit.source.numel))
     rows = [
         {
@@ -146,7 +150,7 @@ def _allocation(plan: Plan, found: Allocated) -> dict[str, Any]:
     ]
     known = {} if found.loss is None else {"expected_kl": _short(found.loss), "bound": _short(found.bound)}
     plot = {"plot": ALLOCATION} if ALLOCATION in plan.generated else {}
-    return {"bits": round(found.bits, 4), **known, **plot, "rows": rows}
+    return {"bits": round(found.bits, 4), **known, **head, **plot, "rows": rows}
 
 
 def _about(plan: Plan, selection: Selection) -> dict[str, Any]:
@@ -446,7 +450,7 @@ def _prune_options(prune: Mapping[str, Any]) -> list[str]:
 
 # Keys of a recipe's quantize block, and the values that need not be said.
 _SAID = {"group_size": None, "act_order": "static", "effort": "default", "damp": 0.03, "checkpoint_format": "gptq",
-         "format": "gptq", "min_bits": 0.0, "max_bits": 16.0}  # fmt: skip
+         "format": "gptq", "min_bits": 0.0, "max_bits": 16.0, "head_bits": 6}  # fmt: skip
 
 
 def _method_options(quantize: Mapping[str, Any]) -> list[str]:

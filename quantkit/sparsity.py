@@ -18,8 +18,8 @@ from quantkit.layouts import Checkpoint
 from quantkit.memory import SLAB, slab_elements
 from quantkit.methods.base import Array
 from quantkit.packed import UNDECODABLE, Packed, decoded
-from quantkit.planner import find_linears
 from quantkit.restored import packed_weights
+from quantkit.selection import find_linears
 from quantkit.solvers.pattern import Pattern
 
 USUAL = (Pattern(2, 4), Pattern(4, 8))  # those that programs and papers speak of

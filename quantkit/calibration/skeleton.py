@@ -223,13 +223,42 @@ class Skeleton:
         """A function from what leaves the last layer [1, tokens, hidden] to logits float32 [tokens, vocabulary]: the
         model itself with its layers taken out. The head's matrix is in memory, as it is stored. gradients: whether
         autograd can go back through it."""
+        place = next((p for p in self.outside if self._is_head(p)), None)
+        tied = next(p for p in self.outside if self._is_embedding(p))
+        matrix = weights.read((place or tied).name).to(self.device)
+        return self._behind_layers(weights, lambda x, bias: _by_parts(x, matrix, bias), gradients=gradients)
+
+    def head_inputs(self, weights: Weights) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from what leaves the last layer [1, tokens, hidden] to what the head gets, of the same shape."""
+        caught: list[torch.Tensor] = []
+
+        def forward(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            caught.append(x)
+            return x
+
+        run = self._behind_layers(weights, forward)
+
+        def inputs(hidden: torch.Tensor) -> torch.Tensor:
+            run(hidden)
+            return caught.pop()
+
+        return inputs
+
+    def _is_embedding(self, place: Place) -> bool:
+        return self.model.get_submodule(place.module) is self.model.get_input_embeddings()
+
+    def _behind_layers(
+        self,
+        weights: Weights,
+        forward: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        *,
+        gradients: bool = False,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The model with its layers taken out, and `forward`, of its inputs and its bias, in place of the head."""
         head: Any = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
-        place = next((p for p in self.outside if self._is_head(p)), None)
-        tied = next(p for p in self.outside if self.model.get_submodule(p.module) is embedding)
-        self.fill([p for p in self.outside if p is not tied and p is not place], weights)
-        matrix = weights.read((place or tied).name).to(self.device)
-        head.forward = lambda x: _by_parts(x, matrix, head.bias)
+        self.fill([p for p in self.outside if not self._is_embedding(p) and not self._is_head(p)], weights)
+        head.forward = lambda x: forward(x, head.bias)
         embedding._parameters["weight"] = nn.Parameter(
             torch.zeros(1, embedding.weight.shape[1], device=self.device), requires_grad=False
         )

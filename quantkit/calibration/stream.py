@@ -131,6 +131,24 @@ class Stream:
                 out.write(row, passes.finish(row))
             out.sync()
 
+    @torch.inference_mode()
+    def head(self, name: str, linear: Linear, solve: Solve) -> None:
+        """Looks at what the head gets, a linear behind the last layer, and has it solved."""
+        weight = self.weights.read(linear.place.name).to(self.skeleton.device)
+        inputs = self.skeleton.head_inputs(self.weights)
+        states, columns = self.states["quantized"][len(self.linears) % 2], weight.shape[1]
+        zeros = torch.zeros(columns, columns, device=self.skeleton.device)
+        found = Statistics({name: weight}, {name: weight}, zeros)
+        for row in self.rows:
+            x = inputs(states.read(row, self.skeleton.device)).reshape(-1, columns)
+            if _finite(x):
+                found.add(x, None)
+            else:
+                self.excluded.add(row)
+        self._check_excluded(len(self.linears))
+        found.finish_sums()
+        solve((name,), found)
+
     def _file(self, name: str, width: int, files: ExitStack, times: int = 1) -> HiddenStates:
         """Room for what linears get of all rows, `times` times; gone with `files`."""
         rows, length = self.ids.shape

@@ -168,7 +168,8 @@ class Method(Generic[P]):
     whose weights are codes: pack, these as the outputs; unpack, the inverse, which raises ValueError where outputs
     contradict each other. reader_config: keys that its readers look for in config.json beside those that are there.
     others: the dtype of all other float tensors, if they are not left in their own. mixing: linears differ in
-    bits; parameters are Mixed, and the `bits` of the method is 0.
+    bits; parameters are Mixed, and the `bits` of the method is 0. head: of parameters, how a head that has a matrix of
+    its own is written then, by name of a mix; None: it is left dense.
     """
 
     name: str
@@ -193,6 +194,7 @@ class Method(Generic[P]):
     unpack: Callable[[Mapping[str, Array], WeightSpec, P], Coded] | None = None
     reader_config: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _config: {}
     others: str | None = None
+    head: Callable[[P], str | None] = lambda _params: None
     mixing: Mixing[Any] | None = None
 
 

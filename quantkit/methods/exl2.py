@@ -23,6 +23,9 @@ OPTIONS = (
     "4_128", "4_32", "0.1:5_128/0.9:4_128", "0.1:5_32/0.9:4_32", "0.5:5_64/0.5:4_64",
     "0.1:6_128/0.9:5_128", "0.1:6_32/0.9:5_32", "6_128", "6_32", "8_128",
 )  # fmt: skip
+# Of the head by its bits, as exllamav2 writes it: its most active inputs get more.
+HEADS = {2: "0.3:4_32/0.7:2_32", 3: "0.15:4_32/0.85:3_32", 4: "0.15:6_32/0.85:4_32", 5: "0.15:6_128/0.85:5_128",
+         6: "0.15:8_128/0.85:6_128", 8: "8_128"}  # fmt: skip
 # By exllamav2's architectures: those whose linears it looks for under the names that they have in transformers.
 READ = frozenset(
     ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere",
@@ -34,6 +37,7 @@ class Exl2(Mixed):
     """EXL2 (exllamav2): bits by linear."""
 
     bits: float = Field(4.0, gt=0, le=8, description="bits per weight of the linears together, at the most")
+    head_bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(6, description="bits of the head, where it is not the embedding")
     effort: Literal["low", "default", "high"] = Field("default", description="time for quality")
     damp: float = Field(0.03, gt=0, lt=1, description="part of the mean diagonal that is added to the Hessian")
 
@@ -116,7 +120,9 @@ def _streams(params: Exl2) -> tuple[str, ...]:
 
 
 def _config(params: Exl2, dtype: str, selection: Selection) -> dict[str, Any]:
-    return {"quant_method": "exl2", "version": VERSION, "bits": params.bits, "head_bits": 16}
+    head = params.mixes.get("lm_head")
+    head_bits = 16 if head is None or "lm_head" not in selection.encoded else Mix.parse(head).parts[-1][1]
+    return {"quant_method": "exl2", "version": VERSION, "bits": params.bits, "head_bits": head_bits}
 
 
 def _reader_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +172,7 @@ METHOD = Method(
     refuses=lambda spec, _: exl2_format.refuses(spec),
     reader_config=_reader_config,
     others="F16",  # its kernels take no other bias
+    head=lambda params: HEADS.get(params.head_bits),
     loader=_loader,
     streams=_streams,
     solve=_solve,
