@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from quantkit.architectures import Linear
 from quantkit.checkpoint.reader import SourceFiles, elements
 from quantkit.errors import UsageError
 from quantkit.layouts import Checkpoint
@@ -136,13 +137,14 @@ Losses = Mapping[str, Mapping[str, float]]  # in nats a token, by module and mix
 class Allocated:
     """bits: per weight of all linears, companions included. loss: expected, in nats a token, None where nothing was
     measured; bound: no allocation from these losses can have less. assumed: a stand-in decided. head: the module that
-    is quantized beside them, with bits of its own."""
+    is quantized beside them, with bits of its own. dense: those of the linears that stay as they are."""
 
     bits: float
     loss: float | None
     bound: float
     assumed: bool
     head: str | None = None
+    dense: tuple[Linear, ...] = ()
 
 
 def allocated(mixing: Mixing[M], params: M, specs: Sequence[WeightSpec], losses: Losses | None) -> tuple[M, Allocated]:

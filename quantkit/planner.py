@@ -184,9 +184,9 @@ def _plot(units: Sequence[Unit], chosen: Chosen) -> dict[str, bytes]:
     if chosen.allocation is None or chosen.allocation.assumed or not can_plot():
         return {}
     linears = [
-        (u.linear.layer, u.linear.kind, 8 * sum(t.nbytes for t in u.outputs) / u.source.numel, u.source.numel)
+        (linear.layer, linear.kind, 8 * sum(t.nbytes for t in u.outputs) / u.source.numel, u.source.numel)
         for u in units
-        if u.quantized and u.linear is not None and u.linear.module != chosen.allocation.head
+        if (linear := chosen.mixed.get(u.name)) is not None
     ]
     return {ALLOCATION: allocation_plot(linears)}
 
@@ -267,6 +267,8 @@ def _calibrate(recipe: Recipe, checkpoint: Checkpoint, target: Target, *, quiet:
 
 def _streams(recipe: Recipe, tokens: Tokens | None) -> tuple[str, ...]:
     if tokens is None:
+        return ()
+    if recipe.needs == "nothing":  # only what bits are worth was measured on them
         return ()
     streams = () if recipe.quantize is None else recipe.quantize.implementation.streams(recipe.quantize.params)
     if not streams and recipe.prune is not None and recipe.prune.method == "sparsegpt":
@@ -368,7 +370,7 @@ def _memory(
         stream = StreamShape(rows, length, width, used, full, hessian, _made(recipe, units), head)
         limit, device = recipe.resources.max_memory, recipe.resources.device
         threads = recipe.resources.threads or cores()
-        layers = plan_layers(_layers(units), stream, threads=threads, limit=limit, device=device)
+        layers = plan_layers(_layers(units, chosen), stream, threads=threads, limit=limit, device=device)
     plan = plan_memory(
         (
             Work(u.source, u.granule, u.linear is not None and not u.calibrated, _copies(u, checked=checked))
@@ -398,24 +400,26 @@ def _made(recipe: Recipe, units: Sequence[Unit]) -> int:
     return made + (PRUNING if recipe.prune is not None and recipe.prune.method == "sparsegpt" else 0)
 
 
-def _layers(units: Sequence[Unit]) -> list[LayerShape]:
-    """The decoder layers as the memory plan sees them: a tensor belongs to the layer whose linears begin like it."""
+def _layers(units: Sequence[Unit], chosen: Chosen) -> list[LayerShape]:
+    """The decoder layers as the memory plan sees them, as they are solved or measured: a tensor belongs to the layer
+    whose linears begin like it."""
+    linears = {u.name: u.linear for u in units if u.calibrated and u.linear is not None}
+    linears |= {name: x for name, x in chosen.mixed.items() if x.layer >= 0}
     prefixes: dict[str, int] = {}
-    for u in units:
-        if u.calibrated and u.linear is not None:
-            prefixes.setdefault(u.name.partition(f".{u.linear.layer}.")[0] + f".{u.linear.layer}.", u.linear.layer)
+    for name, linear in linears.items():
+        prefixes.setdefault(name.partition(f".{linear.layer}.")[0] + f".{linear.layer}.", linear.layer)
     solved: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
     experts: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
     others = dict.fromkeys(solved, 0)
     for u in units:
-        if u.calibrated and u.linear is not None and u.weight is not None:
-            kind = experts if u.linear.expert else solved
-            kind[u.linear.layer].append((u.weight.rows, u.weight.columns))
+        if (one := linears.get(u.name)) is not None:
+            rows, columns = reversed(u.source.shape) if one.transposed else u.source.shape
+            (experts if one.expert else solved)[one.layer].append((rows, columns))
             continue
         layer = next((n for prefix, n in prefixes.items() if u.name.startswith(prefix)), None)
         if layer is not None:
             others[layer] += u.source.numel
-    itemsize = max(u.source.nbytes // u.source.numel for u in units if u.calibrated)
+    itemsize = max(u.source.nbytes // u.source.numel for u in units if u.name in linears)
     return [LayerShape(tuple(solved[n]), tuple(experts[n]), itemsize, others[n]) for n in solved]
 
 

@@ -131,13 +131,14 @@ def _allocation(plan: Plan, found: Allocated) -> dict[str, Any]:
     """How bits were shared out: by kind of module, bits per weight on disk, and what that is expected to cost."""
     kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)
     head = {}
-    for unit in plan.quantized:
-        assert unit.linear is not None
+    dense = {f"{linear.module}.weight": linear for linear in found.dense}
+    for unit in plan.units:
+        linear = unit.linear if unit.quantized else dense.get(unit.name)
         bits = 8 * sum(t.nbytes for t in unit.outputs) / unit.source.numel
-        if unit.linear.module == found.head:
+        if linear is not None and linear.module == found.head:
             head = {"head": round(bits, 3)}
-            continue
-        kinds[unit.linear.kind].append((bits, unit.source.numel))
+        elif linear is not None:
+            kinds[linear.kind].append((bits, unit.source.numel))
     rows = [
         {
             "kind": kind,

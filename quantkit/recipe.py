@@ -271,7 +271,9 @@ def build_recipe(
                 ("convert", "to"), "leave out either the quantize block or the convert block",
             )  # fmt: skip
         prune = table.get("prune")
-        calibrated = implementation is not None and implementation.needs != "nothing"
+        calibrated = implementation is not None and (
+            implementation.needs != "nothing" or implementation.mixing is not None
+        )
         calibrated |= isinstance(prune, Prune) and prune.needs != "nothing"
         if table.get("calibration") is not None and not calibrated:
             named = "a conversion" if implementation is None else f"method {implementation.name}"
@@ -327,7 +329,8 @@ def _method(block: Mapping[str, Any], fail: _Fail) -> tuple[Method[Any], dict[st
     if isinstance(bits, float) and bits in widths:
         bits = int(bits)
     uniform = bits in widths and type(bits) is int and block.keys().isdisjoint(MIXING)
-    if (mixed := METHODS.get((method, 0))) is not None and not uniform:
+    number = type(bits) in (int, float) or not widths
+    if (mixed := METHODS.get((method, 0))) is not None and number and not uniform:
         return mixed, {**block, "bits": float(bits) if type(bits) is int else bits}
     if type(bits) is not int or bits not in widths:
         choice = " or ".join(map(str, widths))

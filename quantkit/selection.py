@@ -55,6 +55,14 @@ class Chosen:
     allocation: Allocated | None = None  # of a method that mixes bits
 
     @property
+    def mixed(self) -> dict[str, Linear]:
+        """The linears that share a budget of bits, by tensor name, those among them that stay as they are."""
+        if self.allocation is None:
+            return {}
+        dense = {f"{linear.module}.weight": linear for linear in self.allocation.dense}
+        return {n: x for n, x in self.quantized.items() if x.module != self.allocation.head} | dense
+
+    @property
     def selection(self) -> Selection:
         encoded = tuple(linear.module for linear in self.quantized.values())
         return Selection(encoded, tuple(x.module for x in self.all if x.module not in set(encoded)), self.skipped)
@@ -88,7 +96,7 @@ def _mix(
     head = _head(quantize, checkpoint, tensors, found)
     if head is None:
         mixed, allocation = allocated(mixing, params, specs, losses)
-        return replace(found, params=mixed, allocation=allocation)
+        return _leave_dense(replace(found, params=mixed, allocation=allocation), mixing.dense)
     linear, mix = head
     name = f"{linear.module}.weight"
     (spec,) = specs_of(tensors, {name: linear}, str(checkpoint.folder))
@@ -102,6 +110,22 @@ def _mix(
         quantized={**found.quantized, name: linear},
         params=mixed.model_copy(update={"mixes": {**mixed.mixes, linear.module: mix}}),
         allocation=replace(allocation, head=linear.module),
+    )
+
+
+def _leave_dense(found: Chosen, option: str | None) -> Chosen:
+    """Without the linears whose mix is that option."""
+    dense = {name: x for name, x in found.quantized.items() if found.params.mixes[x.module] == option}
+    assert found.allocation is not None
+    if len(dense) == len(found.quantized):
+        raise UsageError(
+            f"{found.params.bits:g} bits per weight are enough to leave all linears as they are", hint="ask for fewer"
+        )
+    return replace(
+        found,
+        quantized={name: x for name, x in found.quantized.items() if name not in dense},
+        skipped=(*found.skipped, *(x.module for x in dense.values())),
+        allocation=replace(found.allocation, dense=tuple(dense.values())),
     )
 
 

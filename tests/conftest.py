@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach for a network
+# Before anything loads OpenMP: idle threads of one worker are not to keep those of another from the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 pytest_plugins = ["convert_inputs"]  # fixtures of tests/test_convert_bad_*.py
 

@@ -352,7 +352,7 @@ def test_our_own_output_is_no_source(model: Path, out: Path, tmp_path: Path, don
 BAD_OPTIONS = [
     (["--method", "bmb"], "unknown method 'bmb'", "did you mean 'bnb'?"),
     (["--metod", "bnb"], "No such option '--metod'", "see `quantkit quantize --help`"),
-    (["--bits", "5"], "method bnb has no 5-bit form", "use --bits 4 or 8"),
+    (["--method", "rtn", "--bits", "5"], "method rtn has no 5-bit form", "use --bits 2 or 3 or 4 or 8"),
     (["--bits", "x"], "'x' is not a number", "see `quantkit quantize --help`"),
     (["--quant-type", "nf5"], "quantize.quant_type: input should be 'nf4' or 'fp4'", "it is 'nf5'"),
     (["--bits", "8", "--quant-type", "nf4"], "quant_type does not apply to bnb with 8 bits", "leave it out"),

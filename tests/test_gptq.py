@@ -290,7 +290,7 @@ def test_the_group_size_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"quantize": {"method": "bnb"}}, "looks at no text"),
-    ({"quantize": {"method": "gptq", "bits": 5}}, "no 5-bit form"),
+    ({"quantize": {"method": "gptq", "bits": "5"}}, "no '5'-bit form"),
     ({"quantize": {"method": "gptq", "act_order": "group", "format": "compressed-tensors"}}, "g_idx"),
     ({"quantize": {"method": "gptq", "checkpoint_format": "gptq_v2", "format": "compressed-tensors"}}, "one version"),
     ({"quantize": {"method": "gptq", "group_size": 48}}, "group_size"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.methods import bnb_4bit, bnb_int8, exl2, gptq, gptq_mixed
+from quantkit.methods import bnb_4bit, bnb_int8, bnb_mixed, exl2, gptq, gptq_mixed
 from quantkit.methods.base import Method
 
 METHODS: dict[tuple[str, int], Method[Any]] = {
     ("bnb", 4): bnb_4bit.METHOD,
     ("bnb", 8): bnb_int8.METHOD,
+    ("bnb", 0): bnb_mixed.METHOD,
     **gptq.METHODS,
     ("gptq", 0): gptq_mixed.METHOD,
     ("exl2", 0): exl2.METHOD,

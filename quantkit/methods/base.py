@@ -117,7 +117,8 @@ class Mixing(Generic[M]):
     label: of parameters, what a measurement was made for, in words. options: how a linear may be written, by name; the
     last is the best there is. cost: bits on disk of a linear written so, companions included. trial: for an option, a
     solvers.group.Solver that writes every linear so, without refinement. together: of a module, a name that it shares
-    with those that a reader computes at once, and which must be written alike.
+    with those that a reader computes at once, and which must be written alike. dense: the option that leaves a linear
+    as it is.
     """
 
     label: Callable[[M], str]
@@ -125,6 +126,7 @@ class Mixing(Generic[M]):
     cost: Callable[[M, WeightSpec, str], int]
     trial: Callable[[M, str], Any]
     together: Callable[[str], str] = lambda module: module
+    dense: str | None = None
 
 
 @dataclass(frozen=True)
