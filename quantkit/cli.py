@@ -64,7 +64,7 @@ _quantize_options = _options(
     click.option(
         "--bits",
         type=_Bits(),
-        help="Bits per weight: 4, 8; gptq, rtn: also 2, 3; gptq, exl2: any, mixed.  [default: 4]",
+        help="Bits per weight: 4, 8; gptq, rtn: also 2, 3; any other is mixed.  [default: 4]",
     ),
     click.option("--method", help="bnb; gptq, exl2 (calibrated); rtn (rounding, in gptq's format).  [default: bnb]"),
     click.option("--quant-type", help="4-bit code table, nf4 or fp4.  [default: nf4]"),

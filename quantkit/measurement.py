@@ -151,40 +151,57 @@ def allocated(mixing: Mixing[M], params: M, specs: Sequence[WeightSpec], losses:
     """The parameters with a mix for each linear: those that lose least within `params.bits` a weight. UsageError where
     that is too little.
 
-    What `params.mixes` names, by module or pattern, the last that matches, is not up for choice, but counts.
+    What `params.mixes` names, by module or pattern, the last that matches, is not up for choice, but counts. The loss
+    found is that of the measurement, whatever `params.importance` makes of it.
     """
     modules = [spec.module for spec in specs]
     pinned = {module: mix for pattern, mix in params.mixes.items() for module in select(modules, [pattern])}
+    factors = {module: f for pattern, f in params.importance.items() for module in select(modules, [pattern])}
     known = assumed_losses(mixing, params, specs) if losses is None else losses
-    units: dict[str, list[WeightSpec]] = defaultdict(list)
-    for spec in specs:
-        units[mixing.together(spec.module) or spec.module].append(spec)
-    items: dict[str, list[Option]] = {}
-    mixes: dict[str, list[str]] = {}
-    for unit, members in units.items():
-        choices = [_choices(mixing, params, spec, pinned.get(spec.module), known) for spec in members]
-        names = [name for name in choices[0] if all(name in own for own in choices)]
-        if not names:
-            raise UsageError(
-                f"{members[0].module} and {members[-1].module} cannot be written alike, and readers take them as one",
-                hint="name the same mix for both",
-            )
-        mixes[unit] = names
-        each = [[own[name] for own in choices] for name in names]
-        items[unit] = [Option(sum(o.cost for o in own), sum(o.loss for o in own)) for own in each]
+    weighed = {m: {name: loss * factors.get(m, 1.0) for name, loss in own.items()} for m, own in known.items()}
     weights = sum(spec.numel for spec in specs)
+    units = _units(mixing, specs)
+    choices = {unit: _alike(mixing, params, members, pinned, weighed) for unit, members in units.items()}
     try:
-        found = allocate(items, int(params.bits * weights))
+        found = allocate({unit: list(own.values()) for unit, own in choices.items()}, int(params.bits * weights))
     except BudgetError as e:
         least = -(-e.least * 1000 // weights) / 1000
         raise UsageError(
             f"{params.bits:g} bits per weight are too few: these linears take {least:.3f} at the least",
             hint=f"use --bits {least:.3f} or more",
         ) from None
-    chosen = {s.module: mixes[unit][found.chosen[unit]] for unit, members in units.items() for s in members}
+    names = {unit: list(own)[found.chosen[unit]] for unit, own in choices.items()}
+    chosen = {spec.module: names[unit] for unit, members in units.items() for spec in members}
     assumed = losses is None and not chosen.keys() <= pinned.keys()
-    how = Allocated(found.cost / weights, None if losses is None else found.loss, found.bound, assumed)
+    loss, bound = found.loss, found.bound
+    if factors:
+        plain = {unit: _alike(mixing, params, members, pinned, known) for unit, members in units.items()}
+        loss = sum(plain[unit][name].loss for unit, name in names.items())
+        bound = allocate({unit: list(own.values()) for unit, own in plain.items()}, int(params.bits * weights)).bound
+    how = Allocated(found.cost / weights, None if losses is None else loss, bound, assumed)
     return params.model_copy(update={"mixes": chosen, "measurement": None}), how
+
+
+def _units(mixing: Mixing[M], specs: Sequence[WeightSpec]) -> dict[str, list[WeightSpec]]:
+    """Linears that have to be written alike, by a name for all of them."""
+    units: dict[str, list[WeightSpec]] = defaultdict(list)
+    for spec in specs:
+        units[mixing.together(spec.module) or spec.module].append(spec)
+    return units
+
+
+def _alike(
+    mixing: Mixing[M], params: M, members: Sequence[WeightSpec], pinned: Mapping[str, str], known: Losses
+) -> dict[str, Option]:
+    """By mix, what linears cost and lose together that are all written so."""
+    each = [_choices(mixing, params, spec, pinned.get(spec.module), known) for spec in members]
+    names = [name for name in each[0] if all(name in own for own in each)]
+    if not names:
+        raise UsageError(
+            f"{members[0].module} and {members[-1].module} cannot be written alike, and readers take them as one",
+            hint="name the same mix for both",
+        )
+    return {n: Option(sum(own[n].cost for own in each), sum(own[n].loss for own in each)) for n in names}
 
 
 def _choices(mixing: Mixing[M], params: M, spec: WeightSpec, pinned: str | None, known: Losses) -> dict[str, Option]:

@@ -115,7 +115,30 @@ def test_whole_bits_that_gptq_has_are_the_same_for_all(made: tuple[Path, Path]) 
     assert quantkit.plan(str(source), recipe(source, 4, max_bits=9.0)).allocation is not None
 
 
+def test_importance_moves_bits_and_the_loss_stays_what_was_measured(made: tuple[Path, Path]) -> None:
+    from quantkit.api import plan_recipe
+    from quantkit.recipe import build_recipe
+
+    source, out = made
+    table = recipe(source, 3.9, measurement=f"{out}.measurement.json")
+
+    def bits(**more: Any) -> tuple[float, Any]:
+        table["quantize"] |= more
+        plan, _ = plan_recipe(build_recipe({**table, "source": str(source)}), data_present=True)
+        last = [u for u in plan.quantized if ".layers.1." in u.name]
+        return sum(t.nbytes for u in last for t in u.outputs), plan.allocation
+
+    before, best = bits()
+    after, other = bits(importance={"layers.1": 30.0})
+    assert after > before
+    assert other.loss > best.loss
+    assert other.bound == best.bound <= best.loss
+    assert other.bits <= 3.9
+
+
 ERRORS = [
+    ({"importance": {"q_proj": 0.0}}, "factor"),
+    ({"importance": {"nothing": 2.0}}, "matches no"),
     ({"mixes": {"q_proj": "5_64"}}, "no form of a linear"),
     ({"act_order": "group"}, "act_order group"),
     ({"mixes": {"q_proj": "4_32", "k_proj": "3_32"}}, "cannot be written alike"),

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from quantkit.checkpoint.header import TensorSpec
 from quantkit.solvers.coded import Coded
@@ -24,13 +24,23 @@ class Parameters(BaseModel):
 
 class Mixed(Parameters):
     """Of a method whose linears differ in bits: how many it may spend, and on what. mixes: how each linear is written,
-    in the method's own names (Mixing)."""
+    in the method's own names (Mixing). importance: by how much the losses of some linears count more, or less, than
+    was measured; of several patterns that match one, the last."""
 
     bits: float = Field(4.0, gt=0, le=16, description="bits per weight of the linears together, at the most")
     min_bits: float = Field(0.0, ge=0, le=16, description="bits per weight of every linear, at the least")
     max_bits: float = Field(16.0, gt=2, le=16, description="bits per weight of every linear, at the most")
     mixes: dict[str, str] = Field(default_factory=dict, description="mixes by module or pattern; others are allocated")
+    importance: dict[str, float] = Field(default_factory=dict, description="factors of losses by module or pattern")
     measurement: str | None = Field(None, description="file of what each linear loses in each mix; else measured first")
+
+    @field_validator("importance")
+    @classmethod
+    def _factors(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, factor in value.items():
+            if not 0 < factor < float("inf"):
+                raise ValueError(f"the factor of {pattern!r} is {factor}\nname a number above 0, such as 2.0")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
