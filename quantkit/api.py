@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
-from quantkit.console import Console
+from quantkit.console import Console, human_bytes
 from quantkit.errors import SourceError, UsageError, VerifyError
 from quantkit.evaluator import WINDOWS, Evaluation, Subject, Windows, evaluate_folder
 from quantkit.hub import expand, is_local, resolve
@@ -22,7 +22,7 @@ from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
 from quantkit.output import COMMITS, check_place
 from quantkit.patterns import matches
-from quantkit.planner import linears_to_mix, make_plan, tokens_for
+from quantkit.planner import linears_to_mix, make_plan, measuring_memory, tokens_for
 from quantkit.plans import Origin, Plan
 from quantkit.publication import FORMAT, render_from_manifest
 from quantkit.recipe import Recipe, build_recipe
@@ -146,6 +146,8 @@ def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> M
     checkpoint = open_checkpoint(folder, native=recipe.native.options)
     linears, specs, params = linears_to_mix(recipe, checkpoint)
     job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
+    memory = measuring_memory(recipe, checkpoint, linears, job.tokens)
+    console.note(f"peak RAM {human_bytes(memory.peak)}, scratch on disk {human_bytes(memory.scratch)}")
     return measure_job(job, expand(str(out)), console)
 
 

@@ -85,6 +85,10 @@ class Console:
     def warn(self, text: str) -> None:
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            print(printable(text), file=sys.stderr, flush=True)
+
     def error(self, error: QuantkitError) -> None:
         """Three lines on stderr; with --json also an object on stdout, so that a script reads one place."""
         lines = [("error: ", error.what), ("  in: ", error.where), ("  hint: ", error.hint)]

@@ -19,7 +19,7 @@ from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.torch_zip_writer import plan_torch_zip
 from quantkit.checkpoint.views import SourceTensor, plain
 from quantkit.errors import SourceError, UsageError
-from quantkit.layer_memory import LayerShape, StreamShape, plan_layers
+from quantkit.layer_memory import LayerMemory, LayerShape, StreamShape, plan_layers
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
 from quantkit.layouts.base import MANIFEST as MANIFEST_NAME
 from quantkit.layouts.hf import index_text
@@ -360,17 +360,10 @@ def _memory(
     checked = recipe.convert is not None and recipe.convert.check
     layers = None
     if tokens is not None:  # first: it is the larger part, and so the one to name where there is too little
-        rows, length = tokens.ids.shape
-        width = architectures.hidden_width(checkpoint.config)
-        used = len(set(tokens.ids.ravel().tolist()))
         full, hessian = "full" in _streams(recipe, tokens), recipe.needs == "hessian"
-        head = None
-        if recipe.mixing is not None:
-            head = width * int(checkpoint.config["vocab_size"]), int(checkpoint.config["vocab_size"])
-        stream = StreamShape(rows, length, width, used, full, hessian, _made(recipe, units), head)
-        limit, device = recipe.resources.max_memory, recipe.resources.device
-        threads = recipe.resources.threads or cores()
-        layers = plan_layers(_layers(units, chosen), stream, threads=threads, limit=limit, device=device)
+        stream = _stream(recipe, checkpoint, tokens, full=full, hessian=hessian, made=_made(recipe, units))
+        linears = {u.name: u.linear for u in units if u.calibrated and u.linear is not None} | chosen.mixed
+        layers = _plan_layers(recipe, [u.source for u in units], linears, stream)
     plan = plan_memory(
         (
             Work(u.source, u.granule, u.linear is not None and not u.calibrated, _copies(u, checked=checked))
@@ -390,6 +383,33 @@ def _memory(
     return replace(plan, layers=layers)
 
 
+def _stream(
+    recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens, *, full: bool, hessian: bool, made: int = 0
+) -> StreamShape:
+    rows, length = tokens.ids.shape
+    width = architectures.hidden_width(checkpoint.config)
+    head = None
+    if recipe.mixing is not None:
+        head = width * int(checkpoint.config["vocab_size"]), int(checkpoint.config["vocab_size"])
+    used = len(set(tokens.ids.ravel().tolist()))
+    return StreamShape(rows, length, width, used, full, hessian, made, head)
+
+
+def _plan_layers(
+    recipe: Recipe, sources: Sequence[SourceTensor], linears: Mapping[str, Linear], stream: StreamShape
+) -> LayerMemory:
+    resources = recipe.resources
+    layers = _layers(sources, {name: linear for name, linear in linears.items() if linear.layer >= 0})
+    threads = resources.threads or cores()
+    return plan_layers(layers, stream, threads=threads, limit=resources.max_memory, device=resources.device)
+
+
+def measuring_memory(recipe: Recipe, checkpoint: Checkpoint, linears: Sequence[Linear], tokens: Tokens) -> LayerMemory:
+    """What it takes to measure the losses of linears on these tokens. UsageError if that is more than it may."""
+    stream = _stream(recipe, checkpoint, tokens, full=False, hessian=True)
+    return _plan_layers(recipe, source_tensors(checkpoint), {f"{x.module}.weight": x for x in linears}, stream)
+
+
 def _made(recipe: Recipe, units: Sequence[Unit]) -> int:
     """Bytes for each weight of a linear while it is pruned, and encoded whole, in a stream."""
     solved = recipe.quantize is not None and recipe.quantize.implementation.solve is not None
@@ -400,26 +420,24 @@ def _made(recipe: Recipe, units: Sequence[Unit]) -> int:
     return made + (PRUNING if recipe.prune is not None and recipe.prune.method == "sparsegpt" else 0)
 
 
-def _layers(units: Sequence[Unit], chosen: Chosen) -> list[LayerShape]:
-    """The decoder layers as the memory plan sees them, as they are solved or measured: a tensor belongs to the layer
-    whose linears begin like it."""
-    linears = {u.name: u.linear for u in units if u.calibrated and u.linear is not None}
-    linears |= {name: x for name, x in chosen.mixed.items() if x.layer >= 0}
+def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear]) -> list[LayerShape]:
+    """The decoder layers as the memory plan sees them. linears: those that are solved or measured, by tensor name;
+    another tensor belongs to the layer whose linears begin like it."""
     prefixes: dict[str, int] = {}
     for name, linear in linears.items():
         prefixes.setdefault(name.partition(f".{linear.layer}.")[0] + f".{linear.layer}.", linear.layer)
     solved: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
     experts: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
     others = dict.fromkeys(solved, 0)
-    for u in units:
-        if (one := linears.get(u.name)) is not None:
-            rows, columns = reversed(u.source.shape) if one.transposed else u.source.shape
+    for source in sources:
+        if (one := linears.get(source.name)) is not None:
+            rows, columns = reversed(source.shape) if one.transposed else source.shape
             (experts if one.expert else solved)[one.layer].append((rows, columns))
             continue
-        layer = next((n for prefix, n in prefixes.items() if u.name.startswith(prefix)), None)
+        layer = next((n for prefix, n in prefixes.items() if source.name.startswith(prefix)), None)
         if layer is not None:
-            others[layer] += u.source.numel
-    itemsize = max(u.source.nbytes // u.source.numel for u in units if u.name in linears)
+            others[layer] += source.numel
+    itemsize = max(s.nbytes // s.numel for s in sources if s.name in linears)
     return [LayerShape(tuple(solved[n]), tuple(experts[n]), itemsize, others[n]) for n in solved]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -423,3 +424,24 @@ def test_interrupted_at_the_head(with_head: tuple[Path, Path], tmp_path: Path, m
     quantkit.quantize(source, tmp_path / "out", table)
     assert layers == []
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_measuring_says_what_it_takes_and_keeps_to_it(tmp_path: Path) -> None:
+    """In a process of its own, on a model whose head and layers count."""
+    source = build(tmp_path / "source", vocab_size=8192, hidden_size=512, intermediate_size=1536)
+    options = ["--calib", str(source / "calib.txt"), "--calib-samples", "8", "--calib-length", "128"]
+    command = [sys.executable, "-m", "quantkit", "measure", str(source), "-o", str(tmp_path / "m.json"), *options]
+    script = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True, text=True); "
+        "print(done.stderr, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    stated = re.search(r"peak RAM ([\d.,]+) (MB|GB)", done.stdout)
+    assert stated is not None
+    planned = float(stated[1].replace(",", "")) * {"MB": 1e6, "GB": 1e9}[stated[2]]
+    peak = int(done.stdout.split()[-1]) * 1024
+    assert 0.3 * planned < peak <= planned
+    refused = subprocess.run([*command, "--set", "resources.max_memory=300MB"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--max-memory" in refused.stderr
