@@ -11,13 +11,13 @@ from typing import Any, Literal
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, human_bytes
-from quantkit.errors import SourceError, UsageError, VerifyError
+from quantkit.errors import OutputError, SourceError, UsageError, VerifyError
 from quantkit.evaluator import WINDOWS, Evaluation, Subject, Windows, evaluate_folder
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
-from quantkit.measurement import Losses, Measurement, allocated, check_fits, digest_of_weights, read_measurement
-from quantkit.measurer import Job, seen
+from quantkit.measurement import ROWS, Losses, Measurement, allocated, check_fits, digest_of_weights, read_measurement
+from quantkit.measurer import Job
 from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
 from quantkit.output import COMMITS, check_place
@@ -64,9 +64,17 @@ def plan_recipe(
     losses = None
     if recipe.mixing is not None:
         if measuring and recipe.output is not None:  # which may take hours, and be for nothing
-            check_place(expand(recipe.output), checkpoint.folder, force=force)
+            check_place(expand(recipe.output), checkpoint.folder, force=force, quantize=_known(recipe))
         losses = _losses(recipe, checkpoint, origin, data_present=data_present, measuring=measuring, console=console)
     return make_plan(recipe, checkpoint, origin, quiet=console.quiet, losses=losses), checkpoint
+
+
+def _known(recipe: Recipe) -> dict[str, Any]:
+    """Keys of a quantize block that allocation leaves as they are."""
+    table: dict[str, Any] = recipe.canonical()["quantize"]
+    return {
+        key: table[key] for key in ("method", "bits", "min_bits", "max_bits", "head_bits", "effort") if key in table
+    }
 
 
 def _losses(
@@ -81,8 +89,11 @@ def _losses(
     if all(any(matches(spec.module, pattern) for pattern in given) for spec in specs):
         return None
 
+    # A plan reads no weights but those that tell a measurement of this model from another's, if they are here.
+    readable = data_present or (is_local(recipe.source) and not checkpoint.absent)
+
     def fits(found: Measurement, path: Path) -> None:
-        with open_files(checkpoint) if data_present else nullcontext() as files:
+        with open_files(checkpoint) if readable else nullcontext() as files:
             weights = found.weights if files is None else digest_of_weights(checkpoint, files, found.linears)
         check_fits(found, path, label=mixing.label(params), weights=weights, specs=specs)
 
@@ -100,7 +111,7 @@ def _losses(
         try:
             found = read_measurement(path)
             fits(found, path)
-            if found.tokens == seen(tokens).sha256:
+            if found.tokens == tokens.first(ROWS).sha256:
                 return found.losses
         except UsageError:
             pass  # of another model, or of another text: it is measured again
@@ -108,6 +119,7 @@ def _losses(
         return None
     allocated(mixing, params, specs, None)  # what cannot be had is refused before anything is measured
     job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens)
+    console.note(f"measuring what {len(specs):,} linears lose, into {path.name}; the rest follows")
     return measure_job(job, path, console).losses
 
 
@@ -146,9 +158,28 @@ def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> M
     checkpoint = open_checkpoint(folder, native=recipe.native.options)
     linears, specs, params = linears_to_mix(recipe, checkpoint)
     job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
+    path = expand(str(out))
+    if path.exists():
+        return _measured(job, path)
     memory = measuring_memory(recipe, checkpoint, linears, job.tokens)
     console.note(f"peak RAM {human_bytes(memory.peak)}, scratch on disk {human_bytes(memory.scratch)}")
-    return measure_job(job, expand(str(out)), console)
+    return measure_job(job, path, console)
+
+
+def _measured(job: Job, path: Path) -> Measurement:
+    """The file, if it holds what this job would find. OutputError if it does not."""
+    with open_files(job.checkpoint) as files:
+        weights = digest_of_weights(job.checkpoint, files, [s.module for s in job.specs])
+    try:
+        found = read_measurement(path)
+        check_fits(found, path, label=job.label, weights=weights, specs=job.specs)
+    except UsageError:
+        found = None
+    if found is None or found.tokens != job.tokens.sha256:
+        raise OutputError(
+            "the file exists, and is not what would be measured", where=str(path), hint="name another, or remove it"
+        )
+    return found
 
 
 def quantize(

@@ -199,7 +199,7 @@ def _needs(facts: CardFacts) -> list[str]:
     names = ["transformers", "torch", "accelerate"]
     names += [name for name in ("bitsandbytes", "compressed-tensors") if name in facts.tags]
     if "gptq" in facts.tags and "compressed-tensors" not in facts.tags:
-        names += ["gptqmodel", "optimum"]
+        names += ["gptqmodel"] if facts.loader == "gptqmodel" else ["gptqmodel", "optimum"]
     own = [f"quantkit>={__version__}"] if facts.loader == "quantkit" else []
     return own + [f"{name}>={FLOORS[name]}" for name in names]
 

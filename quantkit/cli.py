@@ -299,7 +299,7 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         ("measured", f"{len(found.linears):,} linear layers, {found.rows:,} rows of {found.length:,} tokens"),
         ("file", str(file)),
         ("bits per weight", "expected KL divergence, nats a token"),
-        *((f"{bits:g}", f"{loss:.4f}") for bits, loss in curve.items()),
+        *((f"{bits:g}", f"{loss:.4g}") for bits, loss in curve.items()),
     ]
     console.result({"file": str(file), "linears": len(found.linears), "expected_kl": curve}, table(rows))
 

@@ -30,6 +30,7 @@ from quantkit.parent_card import (
     unique,
 )
 
+LIBRARIES = {"exllamav2": "exllamav2", "gptqmodel": "gptqmodel"}  # of what loads a folder that transformers does not
 RELATIONS = ("quantized", "finetune", "adapter", "merge")
 
 
@@ -152,7 +153,7 @@ def front_matter(facts: CardFacts) -> dict[str, Any]:
         "language": inherited.pop("language", None),
         "language_bcp47": inherited.pop("language_bcp47", None),
         "pipeline_tag": inherited.pop("pipeline_tag"),
-        "library_name": "transformers" if facts.layout == "hf" else None,
+        "library_name": LIBRARIES.get(facts.loader, "transformers") if facts.layout == "hf" else None,
         "quantized_by": facts.quantized_by,
         "tags": unique([*facts.tags, *carried_tags(facts.parent)]),
         **inherited,

@@ -25,6 +25,7 @@ from quantkit.patterns import select
 from quantkit.solvers.allocation import BudgetError, Option, allocate
 
 FORMAT = 1
+ROWS = 16  # of calibration text that are looked at, at the most
 PROBE = 4096  # elements at either end of a weight that tell it from another
 
 
@@ -81,7 +82,11 @@ def read_measurement(path: Path) -> Measurement:
                 if not 0 <= loss < float("inf"):
                     raise ValueError(f"a loss is {loss}")
     except (ValidationError, ValueError) as e:
-        why = "its keys are others" if isinstance(e, ValidationError) else str(e).partition("\n")[0]
+        why = str(e).partition("\n")[0]
+        if isinstance(e, ValidationError):
+            (first, *_) = e.errors()
+            broken = first["type"] == "json_invalid"
+            why = "it is no JSON" if broken else f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise UsageError(
             f"this is no measurement that can be used: {why}", where=str(path), hint="measure again"
         ) from None

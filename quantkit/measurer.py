@@ -8,11 +8,10 @@ tall ones some rows stand for all.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, OutputError
 from quantkit.layouts import Checkpoint
-from quantkit.measurement import FORMAT, LinearLosses, Measurement, digest_of_weights
+from quantkit.measurement import FORMAT, ROWS, LinearLosses, Measurement, digest_of_weights
 from quantkit.methods.base import Array, Mixed, Mixing, WeightSpec
 from quantkit.recipe import Recipe
 from quantkit.version import __version__
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibration.statistics import Statistics
 
-ROWS, SHORT = 16, (8, 512)  # calibration rows that are looked at; rows and tokens for gradients
+SHORT = (8, 512)  # rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
 
 
@@ -67,7 +66,7 @@ class Job:
     ) -> Job:
         assert recipe.mixing is not None
         threads, device = recipe.resources.threads or cores(), recipe.resources.device
-        text, nonfinite = seen(tokens), recipe.allow_nonfinite
+        text, nonfinite = tokens.first(ROWS), recipe.allow_nonfinite
         return cls(checkpoint, source, linears, specs, recipe.mixing, params, text, threads, device, nonfinite)
 
     @property
@@ -82,12 +81,6 @@ class Job:
 def workplace(path: Path) -> Path:
     """The folder of an unfinished measurement."""
     return path.with_name(path.name + ".work")
-
-
-def seen(tokens: Tokens) -> Tokens:
-    """Those of the calibration text that are looked at."""
-    ids = tokens.ids[:ROWS]
-    return replace(tokens, ids=ids, sha256=hashlib.sha256(ids.tobytes()).hexdigest())
 
 
 def measure(job: Job, path: Path, console: Console) -> Measurement:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import read_json
@@ -77,14 +79,19 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     return journal
 
 
-def check_place(out: Path, source: Path, *, force: bool) -> None:
-    """OutputError where nothing can be written, whatever the plan."""
+def check_place(out: Path, source: Path, *, force: bool, quantize: Mapping[str, Any] | None = None) -> None:
+    """OutputError where nothing can be written, whatever the plan. quantize: keys of the recipe's block that are known
+    before there is a plan: a folder that was made with others holds another one's result."""
     _check_apart(out, source)
     if os.path.exists(out) and not out.is_dir():
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     names = _names(out)
     if names and not force and _finished_hash(out) is None and not (out / FOLDER / "journal").exists():
         raise _occupied(out, f"is not empty ({', '.join(names[:3])})")
+    if quantize is not None and not force and _finished_hash(out) is not None:
+        made = read_json(out / "quantkit.json").get("recipe", {}).get("quantize") or {}
+        if any(made.get(key) != value for key, value in quantize.items()):
+            raise _occupied(out, "holds the result of another plan")
 
 
 def _occupied(out: Path, how: str) -> OutputError:

@@ -23,7 +23,7 @@ from quantkit.layer_memory import LayerMemory, LayerShape, StreamShape, plan_lay
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
 from quantkit.layouts.base import MANIFEST as MANIFEST_NAME
 from quantkit.layouts.hf import index_text
-from quantkit.measurement import Losses
+from quantkit.measurement import ROWS, Losses
 from quantkit.memory import MemoryPlan, Work, plan_memory
 from quantkit.methods.base import WeightSpec
 from quantkit.plans import (
@@ -128,6 +128,8 @@ def make_plan(
             quantize = recipe.quantize.model_copy(update={"params": chosen.params})
             recipe = recipe.model_copy(update={"quantize": quantize})
         recipe, tokens = _calibrate(recipe, checkpoint, target, quiet=quiet)
+        if tokens is not None and recipe.needs == "nothing":  # they are looked at to measure losses, and no further
+            tokens = tokens.first(ROWS)
     units = [_unit(t, chosen, recipe, target, str(checkpoint.folder)) for t in tensors]
     _refuse_twice(units, str(checkpoint.folder))
     shards, units = _shard(units, recipe, target)
@@ -180,8 +182,8 @@ def make_plan(
 
 
 def _plot(units: Sequence[Unit], chosen: Chosen) -> dict[str, bytes]:
-    """How bits are spread over layers, as a figure, once that is known."""
-    if chosen.allocation is None or chosen.allocation.assumed or not can_plot():
+    """How bits are spread over layers, as a figure."""
+    if chosen.allocation is None or not can_plot():
         return {}
     linears = [
         (linear.layer, linear.kind, 8 * sum(t.nbytes for t in u.outputs) / u.source.numel, u.source.numel)

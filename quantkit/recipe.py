@@ -181,6 +181,10 @@ class Recipe(_Block):
         table["card"] = {k: v for k, v in table["card"].items() if v is not None}
         if not table.get("quantize", {}).get("skip", True):
             del table["quantize"]["skip"]
+        if self.mixing is not None:  # what need not be said
+            usual = {key: field.get_default(call_default_factory=True) for key, field in Mixed.model_fields.items()}
+            kept = {k: v for k, v in table["quantize"].items() if k not in MIXING or v != usual[k]}
+            table["quantize"] = kept
         if self.shard_size is None:
             del table["shard_size"]
         table = {k: v for k, v in table.items() if v not in ({}, False)}

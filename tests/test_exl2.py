@@ -250,7 +250,7 @@ def test_damage_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
     ({"bits": "four"}, "quantize.bits"),
     ({"mixes": {"mlp.down_proj": "7_64"}}, "'7_64' is no part of a mix of bits"),
     ({"mixes": {"nothing": "4_64"}}, "matches no tensor"),
-    ({"min_bits": 6, "max_bits": 5.9}, "between 6 and 5.9 bits"),
+    ({"min_bits": 6, "max_bits": 5.9}, "above max_bits"),
     ({"bits": 3, "min_bits": 4}, "too few"),
     ({"measurement": "nowhere.json"}, "cannot be read"),
     ({"group_size": 64}, "does not apply to exl2"),
@@ -275,10 +275,45 @@ def test_a_measurement_of_another_model_is_refused(made: tuple[Path, Path], tmp_
         quantkit.plan(taller, recipe(taller, measurement=str(measured)))
     table = json.loads(measured.read_text())
     table["linears"]["model.layers.0.mlp.up_proj"]["losses"]["4_32"] = -1.0
-    for text, words in (("{}", "its keys are others"), ("[", "its keys are others"), (json.dumps(table), "a loss is")):
+    for text, words in (("{}", "format: field required"), ("[", "it is no JSON"), (json.dumps(table), "a loss is")):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(QuantkitError, match=words):
             quantkit.plan(source, recipe(source, measurement=str(tmp_path / "bad.json")))
+
+
+def test_a_plan_refuses_a_measurement_of_other_weights(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """The weights are here: that they are others is said before the run."""
+    source, out = made
+    other = shutil.copytree(source, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    table = recipe(other, measurement=f"{out}.measurement.json")
+    with pytest.raises(QuantkitError, match="of another model"):
+        quantkit.plan(str(other), table)
+
+
+def test_a_folder_of_another_method_is_refused_before_anything_is_measured(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, _ = made
+    quantkit.quantize(source, tmp_path / "out", {"quantize": {"method": "bnb", "bits": 4}})
+    with pytest.raises(QuantkitError, match="another plan"):
+        quantkit.quantize(source, tmp_path / "out", recipe(source))
+    assert not Path(f"{tmp_path / 'out'}.measurement.json").exists()
+
+
+def test_measuring_again_is_finished_already_and_another_file_is_kept(made: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = made
+    path = Path(shutil.copy(f"{out}.measurement.json", tmp_path / "m.json"))
+    before = path.stat()
+    api.measure(source, path, recipe(source))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    other = recipe(source)
+    other["calibration"]["length"] = 32
+    with pytest.raises(QuantkitError, match="is not what would be measured"):
+        api.measure(source, path, other)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_an_occupied_output_is_refused_before_anything_is_measured(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -442,6 +477,7 @@ def test_measuring_says_what_it_takes_and_keeps_to_it(tmp_path: Path) -> None:
     planned = float(stated[1].replace(",", "")) * {"MB": 1e6, "GB": 1e9}[stated[2]]
     peak = int(done.stdout.split()[-1]) * 1024
     assert 0.3 * planned < peak <= planned
+    (tmp_path / "m.json").unlink()
     refused = subprocess.run([*command, "--set", "resources.max_memory=300MB"], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "--max-memory" in refused.stderr

@@ -142,7 +142,7 @@ ERRORS = [
     ({"mixes": {"q_proj": "5_64"}}, "no form of a linear"),
     ({"act_order": "group"}, "act_order group"),
     ({"mixes": {"q_proj": "4_32", "k_proj": "3_32"}}, "cannot be written alike"),
-    ({"min_bits": 6, "max_bits": 5.9}, "between 6 and 5.9 bits"),
+    ({"min_bits": 6, "max_bits": 5.9}, "above max_bits"),
     ({"bits": 1.5}, "too few"),
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,11 @@ class Tokens:
         if distinct < FEW_DISTINCT:
             found.append(f"the calibration text has {distinct} different tokens: it says little of how a model is used")
         return found
+
+    def first(self, rows: int) -> Tokens:
+        """So many rows of them at the most."""
+        ids = self.ids[:rows]
+        return replace(self, ids=ids, sha256=hash_of(ids))
 
     def to_json(self) -> dict[str, Any]:
         """All but the ids, whose hash stands for them."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from quantkit.checkpoint.header import TensorSpec
 from quantkit.solvers.coded import Coded
@@ -29,10 +29,16 @@ class Mixed(Parameters):
 
     bits: float = Field(4.0, gt=0, le=16, description="bits per weight of the linears together, at the most")
     min_bits: float = Field(0.0, ge=0, le=16, description="bits per weight of every linear, at the least")
-    max_bits: float = Field(16.0, gt=2, le=16, description="bits per weight of every linear, at the most")
+    max_bits: float = Field(16.0, gt=0, le=16, description="bits per weight of every linear, at the most")
     mixes: dict[str, str] = Field(default_factory=dict, description="mixes by module or pattern; others are allocated")
     importance: dict[str, float] = Field(default_factory=dict, description="factors of losses by module or pattern")
     measurement: str | None = Field(None, description="file of what each linear loses in each mix; else measured first")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_bits > self.max_bits:
+            raise ValueError(f"min_bits is {self.min_bits:g}, above max_bits, which is {self.max_bits:g}")
+        return self
 
     @field_validator("importance")
     @classmethod

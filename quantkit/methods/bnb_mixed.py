@@ -70,8 +70,8 @@ class _Trial:
 def _describe(params: MixedBnb) -> Description:
     about = bnb_4bit.describe(params)
     settings = (("Bits", f"at most {params.bits:g} per weight of the linears, in 4 or 16 each"), *about.settings)
-    return replace(about, title=f"{about.title}, {params.bits:g} bits per weight",
-                   slug=f"{about.slug}-{params.bits:g}", settings=settings)  # fmt: skip
+    tags = tuple(tag for tag in about.tags if tag != "4-bit")
+    return replace(about, slug=f"{about.slug}-{params.bits:g}", tags=tags, settings=settings)
 
 
 _UNIFORM: Method[Any] = bnb_4bit.METHOD

@@ -149,7 +149,7 @@ def _describe(params: Exl2) -> Description:
         ("Effort", params.effort),
     )
     slug = f"exl2-{params.bits:.1f}" if params.bits == round(params.bits, 1) else f"exl2-{params.bits:g}"
-    return Description(f"EXL2, {params.bits:g} bits per weight", slug, ("exl2",), settings)
+    return Description("EXL2", slug, ("exl2",), settings)
 
 
 def _loader(architecture: str, params: Exl2) -> tuple[str, str]:

@@ -143,7 +143,7 @@ def _describe(params: MixedGptq) -> Description:
     form = f"at most {params.bits:g} per weight of the linears, in 2, 3, 4 or 8 bits each, {grid}"
     settings = (("Bits", form), *(row for row in about.settings if row[0] != "Grid"))
     tags = tuple(tag for tag in about.tags if tag != "0-bit")
-    return Description(f"GPTQ, {params.bits:g} bits per weight", f"gptq-{params.bits:g}", tags, settings)
+    return Description("GPTQ", f"gptq-{params.bits:g}", tags, settings)
 
 
 def _reader_notes(selection: Selection, params: MixedGptq) -> tuple[str, ...]:
