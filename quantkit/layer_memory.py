@@ -88,7 +88,9 @@ def plan_layers(
     if stream.head is not None:
         matrix, vocabulary = stream.head
         saved = FLOAT * min(stream.length, SHORT) * (12 * stream.width + 6 * largest)
-        gradients = max(saved, FLOAT * matrix + 6 * FLOAT * TOKENS * vocabulary)
+        # The head as it is on disk, and in parts that autograd keeps; logits, probabilities, their sums and gradients.
+        stored = layers[0].itemsize
+        gradients = max(saved, (FLOAT + stored) * matrix + 10 * FLOAT * TOKENS * vocabulary)
         scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * stream.width * (len(layers) + 2))
     memory = LayerMemory(base, weights, solver, activations, scratch, gradients)
     if limit is not None and memory.peak > limit:
