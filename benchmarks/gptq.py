@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 GPTQMODEL = """
 import sys
@@ -58,10 +59,16 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def perplexity(folder: Path, text: Path, windows: int, length: int) -> float:
+    return float(evaluation(folder, text, windows, length)["perplexity"])
+
+
+def evaluation(folder: Path, text: Path, windows: int, length: int, against: Path | None = None) -> dict[str, Any]:
     """In a process of its own: a child's peak RSS begins with what its parent holds."""
     words = ["eval", str(folder), "--text", str(text), "--windows", str(windows), "--length", str(length), "--json"]
+    words += ["--against", str(against)] if against else []
     done = subprocess.run([sys.executable, "-m", "quantkit", *words], capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)["perplexity"])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Quality against size: EXL2 and mixed GPTQ beside uniform GPTQ and NF4, as a table.
 
 `mixed_bits.py --calib valid.txt --text test.txt` quantizes the real SmolLM2-135M in every way named, and prints bits
-per weight of its linears as they lie on disk, seconds, peak RSS and perplexity. What linears lose is measured once for
+per weight of its linears as they lie on disk, seconds, peak RSS, perplexity, and the KL divergence from the model as it
+was, in nats a token. What linears lose is measured once for
 each method that mixes bits, in a row of its own. --model, --samples, --length, --windows and --effort change what is
 run; --exl2, --mixed, --uniform and --nf4 what of it.
 """
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gptq import perplexity, timed
+from gptq import evaluation, perplexity, timed
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
 
@@ -26,7 +27,7 @@ def measurement(a: argparse.Namespace, method: str, calibration: list[str], work
     if not path.exists():
         command = ["measure", str(a.model), "-o", str(path), "--method", method, *calibration, "--quiet"]
         seconds, rss = timed([*QUANTKIT, *command])
-        print(f"| {method} | measuring | | {seconds:.0f} | {rss:.2f} GB | |", flush=True)
+        print(f"| {method} | measuring | | {seconds:.0f} | {rss:.2f} GB | | |", flush=True)
     return path
 
 
@@ -65,16 +66,20 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="mixed-"))
     text = work / "text.txt"  # as language models know the spelling
     text.write_text(a.text.read_text().replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", "."))
-    print("| | asked for | bits per weight | seconds | peak RSS | perplexity |\n|---|---|--:|--:|--:|--:|", flush=True)
+    print(
+        "| | asked for | bits per weight | seconds | peak RSS | perplexity | KL |\n|---|---|--:|--:|--:|--:|--:|",
+        flush=True,
+    )
     for method, asked, options in jobs(a, work):
         out = work / "out"
         seconds, rss = timed([*QUANTKIT, "quantize", str(a.model), "-o", str(out), *options, "--quiet"])
         bits = json.loads((out / "quantkit.json").read_text())["result"]["bits_per_weight"]
-        found = perplexity(out, text, a.windows, a.length)
-        print(f"| {method} | {asked} | {bits:.3f} | {seconds:.0f} | {rss:.2f} GB | {found:.3f} |", flush=True)
+        found = evaluation(out, text, a.windows, a.length, a.model)
+        quality = f"{found['perplexity']:.3f} | {found['against']['kl']:.4f}"
+        print(f"| {method} | {asked} | {bits:.3f} | {seconds:.0f} | {rss:.2f} GB | {quality} |", flush=True)
         shutil.rmtree(out)
         Path(f"{out}.measurement.json").unlink(missing_ok=True)
-    print(f"| unquantized | | 16 | | | {perplexity(a.model, text, a.windows, a.length):.3f} |")
+    print(f"| unquantized | | 16 | | | {perplexity(a.model, text, a.windows, a.length):.3f} | 0 |")
     shutil.rmtree(work)
 
 

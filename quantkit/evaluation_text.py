@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantkit.calibration.data import LENGTH, Tokens, hash_of
+from quantkit.calibration.data import LENGTH, Tokens, cut, hash_of
 from quantkit.calibration.data_encode import Ids, TextTokenizer
 from quantkit.calibration.data_text import Source, open_source
 from quantkit.calibration.data_tokenizer import read_tokenizer
@@ -30,9 +30,10 @@ def read_windows(
 ) -> Tokens:
     """int32 ids [windows, length] of a text (.txt, .jsonl, .parquet, a Hub dataset) in the folder's tokenizer.
 
-    The ids are those of transformers' `AutoTokenizer.from_pretrained(folder)(text)`, special tokens included, so a
-    model's BOS stands at the beginning of the text and of no other window; what is left behind the last window is
-    dropped. windows: None takes all there are. length: None is 1,024 tokens, or `context` where that is shorter.
+    The ids are those of transformers' `AutoTokenizer.from_pretrained(folder)(text)`, special tokens included, cut as
+    calibration text is: a model's BOS stands at the beginning of every window, if its tokenizer puts it before texts.
+    What is left behind the last window is dropped. windows: None takes all there are. length: None is 1,024 tokens, or
+    `context` where that is shorter.
 
     Raises UsageError for numbers that do not go with the text or the model, InputError for the text, SourceError for
     the tokenizer.
@@ -49,10 +50,10 @@ def read_windows(
             f"{source.name} is not UTF-8 text: {e.reason}",
             where=source.where, hint="convert it, for example with iconv -t UTF-8",
         ) from None  # fmt: skip
-    there = len(flat) // length
-    if there < (windows or 1):
+    grid = cut(flat, length, encoder.head())
+    if len(grid) < (windows or 1):
         raise _too_short(source, len(flat), windows or 1, length)
-    ids = np.ascontiguousarray(flat[: (windows or there) * length].reshape(-1, length))
+    ids = np.ascontiguousarray(grid[:windows])
     if (highest := int(ids.max())) >= vocabulary:
         raise SourceError(
             f"the tokenizer gives the id {highest:,}, and the model's vocabulary has {vocabulary:,}",

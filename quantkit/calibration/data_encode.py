@@ -63,6 +63,12 @@ class TextTokenizer(ABC):
         """`wanted` ids or a few more from the beginning of a document, or all; None if pieces of that size will not
         do."""
 
+    def head(self) -> Ids:
+        """What this tokenizer puts before every text: a model's BOS, most often, or nothing."""
+        bare, special = (self.encode(["a"], special=s)[0] for s in (False, True))
+        places = range(len(special) - len(bare) + 1)
+        return special[: next((k for k in places if np.array_equal(special[k : k + len(bare)], bare)), 0)]
+
     def leading(self, document: Open, wanted: int, *, special: bool) -> Ids:
         """The first `wanted` ids of a document, or all if it has fewer; those of the whole text, without reading it.
         Raises InputError for what has no words."""

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from tokenization.samples import SHARED
 
 from quantkit.calibration import data, data_text
-from quantkit.calibration.data import Calibration, Tokens, hash_of, load_tokens
+from quantkit.calibration.data import Calibration, Tokens, cut, hash_of, load_tokens
 from quantkit.calibration.data_tokenizer import read_tokenizer
 from quantkit.errors import InputError, QuantkitError, RecipeError, SourceError
 
@@ -34,6 +34,16 @@ RENDERED = "<s>user: in the inn?</s>\n<s>assistant: 12.</s>\n"
 
 def ids_of(tokenizer: bytes, text: str, *, special: bool = True) -> list[int]:
     return read_tokenizer(tokenizer).encode([text], special=special)[0].tolist()  # type: ignore[no-any-return]
+
+
+def in_rows(ids: list[int], length: int) -> list[list[int]]:
+    """Token by token: a row begins with BOS, the text's own where it has one there."""
+    rows: list[list[int]] = [[]]
+    for i in ids:
+        if len(rows[-1]) == length:
+            rows.append([])
+        rows[-1] += [BOS, i] if not rows[-1] and i != BOS else [i]
+    return rows if len(rows[-1]) == length else rows[:-1]
 
 
 def load(text: Path | str | None, tokenizer: Path | bytes = WITH_BOS, **fields: Any) -> Tokens:
@@ -63,14 +73,16 @@ def test_a_text_is_one_document_cut_into_rows(story: Path) -> None:
     tokens = load(story)
     whole = ids_of(WITH_BOS, STORY)
     assert whole.count(BOS) == 41  # in front of the text, and 40 in it
-    assert tokens.ids.tolist() == [whole[i * 16 : i * 16 + 16] for i in range(3)]
+    assert tokens.ids.tolist() == in_rows(whole, 16)[:3]
+    bare = load(story, PLAIN)
+    assert bare.ids.tolist() == [ids_of(PLAIN, STORY)[i * 16 : i * 16 + 16] for i in range(3)]
     assert (tokens.ids.dtype, tokens.ids.shape, tokens.ids.flags.writeable) == (np.dtype("int32"), (3, 16), False)
     assert tokens.name == "story.txt"
     assert tokens.text_sha256 == hashlib.sha256(STORY.encode()).hexdigest()
     assert (tokens.seed, tokens.available) == (None, None)
     raw = struct.pack("<qq", 3, 16) + b"".join(struct.pack("<i", i) for row in tokens.ids.tolist() for i in row)
     assert tokens.sha256 == hashlib.sha256(raw).hexdigest() == hash_of(tokens.ids)
-    assert tokens.sha256 == "e6097537a5baa0936ee5871a67bd35a5094d69abfdce223dba4f76239d15aa0e"
+    assert tokens.sha256 == "527aec2729906d8e7bfe11f3dada9afe88aca4328880af232b323059e68dab78"
     assert load(story).sha256 == tokens.sha256
     assert tokens.to_json() == {
         "text": "story.txt", "text_sha256": tokens.text_sha256, "samples": 3, "length": 16, "seed": None,
@@ -83,18 +95,31 @@ def test_the_hash_tells_shapes_apart() -> None:
     assert len({hash_of(ids.reshape(shape)) for shape in ((3, 4), (4, 3), (2, 6))}) == 3
 
 
+@pytest.mark.parametrize("head", [[], [1], [1, 2], [1, 2, 3, 4]])
+def test_rows_begin_as_texts_do(head: list[int]) -> None:
+    text = [9, 8, 7, 1, 6, 1, 2, 5, 4, 1, 1, 9, 3]
+    rows = cut(np.array(text, np.int32), 4, np.array(head, np.int32)).tolist()
+    assert all(row[: len(head[:3])] == head[:3] for row in rows)
+    kept = [i for row in rows for i in row[len(head[:3]) :]]
+    bare = [i for i in text if i not in head]
+    assert [i for i in kept if i not in head] == bare[: len([i for i in kept if i not in head])]
+    assert len(rows) >= len(text) // 4
+    assert cut(np.array([], np.int32), 4, np.array(head, np.int32)).shape == (0, 4)
+
+
 def test_a_seed_draws_rows_that_anybody_can_find_again(story: Path) -> None:
     whole = ids_of(WITH_BOS, STORY)
-    rows = len(whole) // 16
+    grid = in_rows(whole, 16)
+    rows = len(grid)
     drawn = load(story, seed=7)
     order = sorted(range(rows), key=lambda i: hashlib.sha256(f"7:{i}".encode()).digest())[:3]
     assert order == [126, 77, 4]
-    assert drawn.ids.tolist() == [whole[i * 16 : i * 16 + 16] for i in order]
+    assert drawn.ids.tolist() == [grid[i] for i in order]
     assert (drawn.seed, drawn.available) == (7, rows)
-    assert drawn.sha256 == "1ed13bd6911fab9087c8fb90b661deda8de69568d1bdd533d8fabbdfff79a076"
+    assert drawn.sha256 == "cf6c3926cc0fff262221a5d349465937101651cb21a2274e2babd71364d063f2"
     assert load(story, seed=8).sha256 != drawn.sha256
     everything = load(story, seed=7, samples=rows)
-    assert sorted(everything.ids.tolist()) == sorted(whole[i * 16 : i * 16 + 16] for i in range(rows))
+    assert sorted(everything.ids.tolist()) == sorted(grid)
     with pytest.raises(RecipeError, match=f"makes {rows} rows of 16 tokens, and {rows + 1} are asked for"):
         load(story, seed=7, samples=rows + 1)
 
@@ -102,8 +127,9 @@ def test_a_seed_draws_rows_that_anybody_can_find_again(story: Path) -> None:
 def test_a_seed_draws_from_the_beginning_of_a_long_text(story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "POOL", 200)
     drawn = load(story, seed=7)
-    assert drawn.available == 200 // 16
-    assert load(story, seed=7, samples=5).available == 5 * 4
+    whole = ids_of(WITH_BOS, STORY)
+    assert drawn.available == len(in_rows(whole[:200], 16))
+    assert load(story, seed=7, samples=5).available == len(in_rows(whole[: 5 * 4 * 16], 16))
     monkeypatch.setattr(data_text, "LONG", 10)
     assert load(story, seed=7).sha256 == drawn.sha256
 
@@ -127,7 +153,7 @@ def test_the_embedded_text_needs_no_file() -> None:
 
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
     assert tokens.text_sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert tokens.ids.reshape(-1).tolist() == ids_of(WITH_BOS, text[:20_000])[: 4 * 512]
+    assert tokens.ids.tolist() == in_rows(ids_of(WITH_BOS, text[:20_000]), 512)[:4]
     assert load_tokens(Calibration(), PLAIN, vocab_size=267, context=1024).ids.shape == (64, 1024)
 
 
@@ -142,8 +168,8 @@ def test_the_embedded_text_needs_no_file() -> None:
 def test_jsonl_documents_are_joined_each_with_its_bos(lines: list[Any], tmp_path: Path) -> None:
     path = jsonl(tmp_path / "docs.JSONL", *lines)
     wanted = [i for text in ("in the inn", "the end", "é") for i in ids_of(WITH_BOS, text)]
-    tokens = load(path, samples=len(wanted) // 2, length=2)
-    assert tokens.ids.reshape(-1).tolist() == wanted[: len(wanted) // 2 * 2]
+    rows = in_rows(wanted, 4)
+    assert load(path, samples=len(rows), length=4).ids.tolist() == rows
     assert wanted.count(BOS) == 3
 
 
@@ -164,8 +190,8 @@ def test_chats_are_rendered_by_the_models_template(chat_model: Path, tmp_path: P
     path = jsonl(tmp_path / "c.jsonl", {"messages": CHAT}, {"conversations": SHAREGPT}, CHAT, {"text": "the end"})
     wanted = theirs * 3 + text
     assert theirs == ids_of(WITH_BOS, RENDERED, special=False)
-    tokens = load(path, chat_model, samples=len(wanted) // 2, length=2)
-    assert tokens.ids.reshape(-1).tolist() == wanted[: len(wanted) // 2 * 2]
+    rows = in_rows(wanted, 4)
+    assert load(path, chat_model, samples=len(rows), length=4).ids.tolist() == rows
 
 
 def test_long_documents_and_batches_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,11 +231,12 @@ class TestParquet:
         texts = [f"{i} in the inn" for i in range(700)]
         path = self.write(tmp_path / "t.parquet", {"id": list(range(702)), "text": [*texts, None, ""]})
         wanted = [i for text in texts for i in ids_of(WITH_BOS, text)]
-        tokens = load(path, samples=len(wanted) // 16)
-        assert tokens.ids.reshape(-1).tolist() == wanted[: len(wanted) // 16 * 16]
+        rows = in_rows(wanted, 16)
+        tokens = load(path, samples=len(rows))
+        assert tokens.ids.tolist() == rows
         large = self.arrow.array(texts, self.arrow.large_string())
         again = self.write(tmp_path / "l.parquet", {"text": large}, row_group_size=11)
-        assert load(again, samples=len(wanted) // 16).sha256 == tokens.sha256
+        assert load(again, samples=len(rows)).sha256 == tokens.sha256
 
     def test_chats(self, chat_model: Path, tmp_path: Path) -> None:
         wanted = ids_of(WITH_BOS, RENDERED, special=False)

@@ -125,7 +125,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("bos", [False, True])
 def test_special_tokens_as_transformers_adds_them(config: dict[str, Any], bos: bool, tmp_path: Path) -> None:
-    assert_as_transformers(folder_of(tmp_path / "m", byte_level(bos=bos, eos=bos), config))
+    folder = folder_of(tmp_path / "m", byte_level(bos=bos, eos=bos), config)
+    assert_as_transformers(folder)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder))("x").input_ids
+    assert read_tokenizer(folder).head().tolist() == (theirs[:1] if bos else [])
 
 
 def test_truncation_and_padding_are_off_and_a_legacy_map_counts(tmp_path: Path) -> None:
