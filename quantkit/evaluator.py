@@ -3,8 +3,8 @@
 Any folder that quantkit reads or writes can be evaluated; its weights are restored layer by layer. With a second folder
 both models go through the text, and their distributions are compared token by token.
 
-The protocol: the text is tokenized as a whole by the folder's tokenizer, cut into windows without overlap, each of which
-begins with the model's BOS if its tokenizer puts one before texts, and of the first `windows` of them every token but
+The protocol: the text is tokenized as a whole by the folder's tokenizer and cut into windows without overlap, each of
+which begins with the model's BOS if its tokenizer puts one before texts. Of the first `windows` of them every token but
 the first of each is predicted from those before it in its window. Arithmetic is
 float32, on the weights as they are stored.
 """
