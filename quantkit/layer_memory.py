@@ -124,8 +124,10 @@ def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) 
     tallest = max(rows for rows, c in (*layer.linears, *layer.experts) if c == columns)
     matrix, codes = FLOAT * columns * columns, tallest * columns
     at_work = threads * _part(columns, tallest)
-    needed = matrix + FLOAT * aimed + codes + max(matrix + at_work, (FLOAT + 1) * tallest * columns)
-    return needed + int(HOLES * (matrix + FLOAT * aimed))
+    # Measuring weighs tokens anew for every linear.
+    weighed = matrix * sum(c == columns for _, c in layer.linears) if stream.head is not None else 0
+    needed = matrix + weighed + FLOAT * aimed + codes + max(matrix + at_work, (FLOAT + 1) * tallest * columns)
+    return needed + int(HOLES * (matrix + weighed + FLOAT * aimed))
 
 
 def _part(columns: int, tallest: int) -> int:

@@ -2,8 +2,8 @@
 
 The loss of a linear is ½ · Σ over its outputs of the mean square of the gradient there (calibration.sensitivity) times
 the energy of the error that the mix makes of that output (e·H·eᵀ a token): what the model's distribution moves by, if
-errors of one linear do not make up for each other's. Weights are solved as in a run, but without refinement, and of
-tall ones some rows stand for all.
+errors of one linear do not make up for each other's. H weighs tokens by their own gradients. Weights are solved as in a
+run, but without refinement, and of tall ones some rows stand for all.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from quantkit.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from quantkit.calibration.energies import Energies
     from quantkit.calibration.statistics import Statistics
 
 SHORT = (8, 512)  # rows and tokens for gradients
@@ -134,6 +135,7 @@ class _Run:
         """Losses by module and mix."""
         import torch
 
+        from quantkit.calibration.energies import Energies, read_squares, to_bytes
         from quantkit.calibration.sensitivity import Sensitivity
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Linear as Streamed
@@ -155,18 +157,20 @@ class _Run:
         ids = torch.from_numpy(job.tokens.ids.copy())
         found: dict[str, dict[str, float]] = {}
         done = [e for e in self.journal.entries if "layer" in e]
-        gradients = next((e["gradients"] for e in self.journal.entries if "gradients" in e), None)
+        kept = self.scratch / "gradients.safetensors"
+        known = kept.is_file() and any("gradients" in e for e in self.journal.entries)
         size = sum(spec.numel for spec in job.specs)
         with torch_settings(job.threads), self.console.progress(3 * size) as progress:
-            if gradients is None:
+            if not known:
                 short = ids[: SHORT[0], : SHORT[1]]
-                sums = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
+                squares = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
                     lambda index: self._passed(progress, layers[index], f"gradients, layer {index}")
                 )
-                gradients = {name: (part / short.numel()).tolist() for name, part in sums.items()}
-                self.journal.append([{"gradients": gradients}])
+                write_file(kept, to_bytes(squares))
+                self.journal.append([{"gradients": kept.name}])
             else:
                 progress.advance(2 * size)
+            gradients = read_squares(kept)
             with closing(Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute)) as stream:
                 if done and not _kept(stream, len(done)):
                     done = []
@@ -174,6 +178,8 @@ class _Run:
                     found |= entry["losses"]
                     stream.excluded = set(entry["excluded"])
                     self._passed(progress, layers[entry["layer"]], "")
+                energies = Energies(gradients)
+                stream.watch = energies.add
                 stream.begin(len(done))
                 for index in range(len(done), len(layers)):
                     losses: dict[str, dict[str, float]] = {}
@@ -181,7 +187,7 @@ class _Run:
                     def look(
                         _: tuple[str, ...], seen: Statistics, losses: dict[str, Any] = losses
                     ) -> Mapping[str, torch.Tensor]:
-                        losses |= _losses(seen, job, self.specs, gradients)
+                        losses |= _losses(seen, job, self.specs, energies)
                         return dict(seen.weights)
 
                     stream.layer(index, look)
@@ -216,7 +222,7 @@ def _kept(stream: Any, layer: int) -> bool:
 
 
 def _losses(
-    seen: Statistics, job: Job, specs: Mapping[str, WeightSpec], gradients: Mapping[str, Sequence[float]]
+    seen: Statistics, job: Job, specs: Mapping[str, WeightSpec], energies: Energies
 ) -> dict[str, dict[str, float]]:
     """Of the linears that share an input, by mix, in nats a token."""
     import torch
@@ -233,16 +239,16 @@ def _losses(
     for name, weight in seen.weights.items():
         rows = torch.arange(0, len(weight), -(-len(weight) // SAMPLE))
         some = weight[rows].float()
-        weighing = torch.tensor(gradients.get(name, [0.0] * len(weight)), dtype=torch.float64)
+        weighing, energy, tokens = energies.take(name, seen)
         # The rows that stand for others do so in the sum of their gradients, too.
-        share = 0.5 * float(weighing.sum()) / max(float(weighing[rows].sum()), 1e-300) / max(seen.tokens, 1)
+        share = 0.5 * float(weighing.sum()) / max(float(weighing[rows].sum()), 1e-300) / max(tokens, 1e-300)
         own: dict[str, float] = {}
         for option in job.mixing.options(job.params, specs[name]):
             if factor is None:
                 coded = trials[option].nearest(name, some, seen.hessian)
             else:
                 coded = trials[option].solve(name, some, seen.hessian, target=None, keep=None, factor=factor).coded
-            lost = row_losses(some - torch.from_numpy(coded.restore()), seen.hessian)
+            lost = row_losses(some - torch.from_numpy(coded.restore()), energy)
             own[option] = float(f"{float((lost * weighing[rows]).sum()) * share:.6g}")
         found[name] = own
     return found

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_models import build as build_model
 from eval_models import quiet_transformers
+from mixed_models import TEXT, build, make, manifest
+from mixed_models import recipe as recipe_of
 from oracle import exl2 as oracle
 from safetensors.torch import load_file, save_file
 
@@ -30,25 +31,9 @@ from quantkit.methods.exl2 import Exl2
 from quantkit.recipe import build_recipe
 from quantkit.restored import RestoredWeights, open_files
 
-TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
-
-
-def build(folder: Path, kind: str = "llama", **changes: Any) -> Path:
-    build_model(folder, kind, **changes)
-    (folder / "calib.txt").write_text(TEXT)
-    return folder
-
 
 def recipe(source: Path, bits: float = 4.5, **quantize: Any) -> dict[str, Any]:
-    return {
-        "quantize": {"method": "exl2", "bits": bits, **quantize},
-        "calibration": {"text": str(source / "calib.txt"), "samples": 8, "length": 64},
-    }
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "quantkit.json").read_text())
-    return found
+    return recipe_of(source, "exl2", bits, **quantize)
 
 
 @pytest.fixture(autouse=True)
@@ -59,15 +44,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model of bfloat16, and a folder made of it; beside that, what was measured."""
-    work = tmp_path_factory.mktemp("exl2")
-    with quiet_transformers():
-        source = build(work / "source")
-        tensors = load_file(source / "model.safetensors")
-        halves = {name: x.bfloat16() for name, x in tensors.items()}
-        save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
-        quantkit.quantize(source, work / "out", recipe(source))
-    return source, work / "out"
+    return make(tmp_path_factory.mktemp("exl2"), "exl2", 4.5, halves=True)
 
 
 def test_what_is_written_is_sound_and_within_its_bits(made: tuple[Path, Path]) -> None:

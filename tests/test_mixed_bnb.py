@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from eval_models import quiet_transformers
-from safetensors.torch import load_file, save_file
-from test_exl2 import build, manifest  # type: ignore[import-not-found]
+from mixed_models import make, manifest
+from mixed_models import recipe as recipe_of
 
 import quantkit
 from quantkit.errors import QuantkitError
@@ -23,10 +23,7 @@ from quantkit.restored import RestoredWeights, open_files
 
 
 def recipe(source: Path, bits: float, **quantize: Any) -> dict[str, Any]:
-    return {
-        "quantize": {"method": "bnb", "bits": bits, **quantize},
-        "calibration": {"text": str(source / "calib.txt"), "samples": 8, "length": 64},
-    }
+    return recipe_of(source, "bnb", bits, **quantize)
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +34,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    work = tmp_path_factory.mktemp("mixed-bnb")
-    with quiet_transformers():
-        source = build(work / "source", num_hidden_layers=3)
-        halves = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
-        save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
-        quantkit.quantize(source, work / "out", recipe(source, 11))
-    return source, work / "out"
+    return make(tmp_path_factory.mktemp("mixed-bnb"), "bnb", 11, halves=True, num_hidden_layers=3)
 
 
 def test_some_linears_stay_as_they_are_within_the_budget(made: tuple[Path, Path]) -> None:

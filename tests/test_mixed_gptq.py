@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from eval_models import quiet_transformers
-from test_exl2 import build, manifest  # type: ignore[import-not-found]
+from mixed_models import make, manifest
+from mixed_models import recipe as recipe_of
 
 import quantkit
 from quantkit import plots
@@ -25,10 +26,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "
 
 
 def recipe(source: Path, bits: float, **quantize: Any) -> dict[str, Any]:
-    return {
-        "quantize": {"method": "gptq", "bits": bits, **quantize},
-        "calibration": {"text": str(source / "calib.txt"), "samples": 8, "length": 64},
-    }
+    return recipe_of(source, "gptq", bits, **quantize)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +37,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model, and a folder made of it; beside that, what was measured."""
-    work = tmp_path_factory.mktemp("mixed")
-    with quiet_transformers():
-        source = build(work / "source", **SIZES)
-        quantkit.quantize(source, work / "out", recipe(source, 3.9))
-    return source, work / "out"
+    return make(tmp_path_factory.mktemp("mixed"), "gptq", 3.9, **SIZES)
 
 
 def test_bits_are_within_the_budget_and_linears_computed_as_one_are_alike(made: tuple[Path, Path]) -> None:

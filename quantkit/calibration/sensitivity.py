@@ -1,8 +1,10 @@
-"""How much it matters what a linear gives: the square of the gradient of the model's own loss by each of its outputs.
+"""How much it matters what a linear gives, and for which tokens: squares of the gradient of the model's own loss.
 
 A model predicts p; let y be drawn from p, and g the gradient of −log p(y) by what a linear gives for a token. A small
 change d of that moves the model's distribution by KL ≈ ½·E[(g·d)²] (the Fisher information, as of LeCun et al. 1990 and
-Amari 1998). So Σ g² over the tokens, for each output, weighs the errors of weights in nats.
+Amari 1998). So g² weighs the errors of weights in nats. Which outputs it is large for and which tokens is kept apart:
+g² of token t and output o is taken to be in proportion to Σ over outputs for t times Σ over tokens for o. Tokens differ
+by orders of magnitude, and those with the largest inputs, the first of a text above all, matter least.
 
 The text goes forward once, every layer's input kept on disk, and back once, a layer in memory at a time.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,15 @@ from quantkit.calibration.stream import Layer, Linear, hidden_width, loaded
 
 SEED = 20240229  # of the tokens that are drawn
 TOKENS = 64  # whose logits are there at a time
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Of the gradients by what a linear gives. outputs: the mean of g² over all tokens, float64 [out]. tokens: Σ g²
+    over all outputs, float32 [rows, length]; None for an expert, which gets some of the tokens."""
+
+    outputs: torch.Tensor
+    tokens: torch.Tensor | None
 
 
 class Sensitivity:
@@ -42,11 +54,11 @@ class Sensitivity:
         self.skeleton, self.weights, self.ids, self.linears = skeleton, weights, ids, linears
         self.scratch, self.compute = scratch, compute
 
-    def run(self, done: Callable[[int], None] = lambda _: None) -> dict[str, torch.Tensor]:
-        """float64 [out] for each linear, by name: Σ g² over all tokens. done: told of each layer, both ways."""
+    def run(self, done: Callable[[int], None] = lambda _: None) -> dict[str, Squares]:
+        """By linear. done: told of each layer, both ways."""
         rows, length = self.ids.shape
         width, count = hidden_width(self.skeleton), len(self.skeleton.layers)
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, Squares] = {}
         with ExitStack() as stack:
 
             def states(name: str) -> HiddenStates:
@@ -96,15 +108,21 @@ class Sensitivity:
 
     def _back(
         self, index: int, call: Call, layer: Layer, before: HiddenStates, gradients: HiddenStates
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Squares]:
         sums: dict[str, torch.Tensor] = {}
+        linears = self.linears[index]
+        tokens = {name: torch.zeros(before.shape[:2]) for name, linear in linears.items() if not linear.expert}
+        row = 0
 
         def noted(name: str, x: torch.Tensor) -> torch.Tensor:
             y = _given(layer.ready, name, x)
 
             def add(g: torch.Tensor) -> None:
-                part = g.reshape(-1, g.shape[-1]).double().square().sum(0)
+                squares = g.reshape(-1, g.shape[-1]).double().square()
+                part = squares.sum(0)
                 sums[name] = sums[name] + part if name in sums else part
+                if name in tokens:
+                    tokens[name][row] += squares.sum(1).cpu()
 
             y.register_hook(add)  # type: ignore[no-untyped-call]
             return y
@@ -115,7 +133,8 @@ class Sensitivity:
             self.skeleton.run(index, x, call).backward(gradients.read(row, self.skeleton.device))  # type: ignore[no-untyped-call]
             assert x.grad is not None
             gradients.write(row, x.grad)
-        return sums
+        count = self.ids.numel()
+        return {name: Squares(part / count, tokens.get(name)) for name, part in sums.items()}
 
 
 def _given(ready: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:

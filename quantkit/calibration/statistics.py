@@ -60,10 +60,10 @@ class Statistics:
         self._add(inputs)
         wanted = None if wanted is None else in_64s(wanted)
         if self._mixed is not None and wanted is not None:
-            _add_product(self._mixed, wanted.float(), inputs)
+            add_product(self._mixed, wanted.float(), inputs)
         for name, cross in self.cross.items():
             assert wanted is not None
-            _add_product(cross, linear(wanted, self.ready[name]).float(), inputs)
+            add_product(cross, linear(wanted, self.ready[name]).float(), inputs)
 
     def _add(self, x: torch.Tensor) -> None:
         def some(rows: slice) -> None:
@@ -78,7 +78,7 @@ class Statistics:
         if (mixed := self._mixed) is not None:
             self.cross = self._empty()
             for name, cross in self.cross.items():
-                _add_product(cross, self.weights[name].T, mixed)
+                add_product(cross, self.weights[name].T, mixed)
             self._mixed = None
 
     def probe(self, name: str, step: torch.Tensor) -> tuple[float, float]:
@@ -111,7 +111,7 @@ class Statistics:
         self.finish_sums()
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += aᵀ·b."""
 
     def some(rows: slice) -> None:

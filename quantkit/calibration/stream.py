@@ -29,6 +29,7 @@ EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a 
 
 
 Solve = Callable[[Group, Statistics], Mapping[str, torch.Tensor]]
+Watch = Callable[[Group, int, torch.Tensor], None]  # a group, a row, and what the group gets of it [tokens, in]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Stream:
         self.states = {n: [HiddenStates(folder / f"{n}-{i}", rows, length, width) for i in (0, 1)] for n in names}
         self.excluded: set[int] = set()
         self.calls: list[Call] = []
+        self.watch: Watch = lambda group, row, x: None  # of what statistics are made of, once they have it
 
     def begin(self, layer: int = 0) -> None:
         """Prepares for layer `layer`; for the first one, by embedding the text."""
@@ -241,6 +243,7 @@ class Stream:
                 self.excluded.add(row)
             elif row not in held_out:
                 found.add(x, aim)
+                self.watch(group, row, x)
         self._check_excluded(index)
         found.finish_sums()
         found.held_out = apart

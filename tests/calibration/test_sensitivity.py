@@ -1,0 +1,107 @@
+"""Squares of gradients, against autograd through the whole model; energies, against sums token by token."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from eval_models import build, quiet_transformers
+from transformers import AutoModelForCausalLM
+
+from quantkit.architectures import find
+from quantkit.architectures import linears as linears_of
+from quantkit.calibration.energies import Energies, read_squares, to_bytes
+from quantkit.calibration.sensitivity import SEED, Sensitivity, Squares, _drawn
+from quantkit.calibration.skeleton import Skeleton
+from quantkit.calibration.statistics import Statistics
+from quantkit.calibration.stream import Linear, Stream
+from quantkit.calibration.weights import CheckpointWeights
+from quantkit.checkpoint.reader import SourceFiles
+from quantkit.layouts import open_checkpoint
+
+ROWS, LENGTH, SHORT = 4, 24, (2, 16)
+Tensors = dict[str, torch.Tensor]
+
+
+def whole(source: Path, ids: torch.Tensor) -> tuple[Tensors, Tensors]:
+    """By linear: gradients of the loss of drawn tokens by what it gives, and what it gets, [rows, length, …]."""
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).requires_grad_(False)
+    generator = torch.Generator().manual_seed(SEED)
+    gradients: dict[str, list[torch.Tensor]] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+
+            def note(_: object, x: tuple[torch.Tensor], y: torch.Tensor, name: str = name) -> None:
+                inputs.setdefault(name, []).append(x[0][0].detach())
+                y.register_hook(lambda g: gradients.setdefault(name, []).append(g[0].clone()))  # type: ignore[no-untyped-call]
+
+            module.register_forward_hook(note)
+    for row in ids:
+        embedded = model.get_input_embeddings()(row[None].long()).requires_grad_()
+        logits = model(inputs_embeds=embedded).logits[0]
+        drawn = _drawn(logits.detach(), generator)
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    return {n: torch.stack(g) for n, g in gradients.items()}, {n: torch.stack(x) for n, x in inputs.items()}
+
+
+def test_squares_and_energies_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    checkpoint = open_checkpoint(source)
+    architecture = find(checkpoint.config)
+    assert architecture is not None
+    ids = torch.randint(3, 250, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    short = ids[: SHORT[0], : SHORT[1]]
+    gradients, inputs = whole(source, short)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    energies: Tensors = {}
+    with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
+        skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
+        places = {p.name: p for layer in skeleton.inside for p in layer}
+        layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
+        for x in linears_of(architecture, checkpoint.config, checkpoint.tensors):
+            if x.layer >= 0:
+                layers[x.layer][x.module] = Linear(places[f"{x.module}.weight"], x.transposed, x.expert)
+        weights = CheckpointWeights(checkpoint, files)
+        squares = Sensitivity(skeleton, weights, short, layers, scratch, torch.float32).run()
+        (tmp_path / "kept").write_bytes(to_bytes(squares))
+        squares = read_squares(tmp_path / "kept")
+        assert squares.keys() == gradients.keys() == {name for layer in layers for name in layer}
+        for name, g in gradients.items():
+            tokens = squares[name].tokens
+            assert tokens is not None
+            torch.testing.assert_close(tokens, g.square().sum(2), rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(squares[name].outputs, g.double().square().mean((0, 1)), rtol=1e-3, atol=1e-12)
+        gathered = Energies(squares)
+
+        def look(_: tuple[str, ...], seen: Statistics) -> Tensors:
+            for name in seen.weights:
+                means, total, weight = gathered.take(name, seen)
+                assert means is squares[name].outputs
+                energies[name] = total / weight
+            return dict(seen.weights)
+
+        with closing(Stream(skeleton, weights, ids, layers, scratch, full=False)) as stream:
+            stream.watch = gathered.add
+            stream.begin()
+            for index in range(len(layers)):
+                stream.layer(index, look)
+    assert not gathered.sums
+    for name, x in inputs.items():
+        a = gradients[name].square().sum(2)
+        wanted = torch.einsum("rt,rti,rtj->ij", a, x, x) / a.sum()
+        torch.testing.assert_close(energies[name], wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_without_gradients_all_tokens_count_alike() -> None:
+    weight, hessian = torch.ones(3, 4), torch.eye(4)
+    seen = Statistics({"a": weight, "b": weight}, {}, hessian, tokens=7)
+    energies = Energies({"b": Squares(torch.ones(3, dtype=torch.float64), None)})
+    energies.add(("a", "b"), 0, torch.ones(5, 4))
+    for name, mean in (("a", 0.0), ("b", 1.0)):
+        means, energy, tokens = energies.take(name, seen)
+        assert (means == mean).all()
+        assert (len(means), energy is hessian, tokens) == (3, True, 7.0)

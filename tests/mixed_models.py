@@ -1,0 +1,45 @@
+"""Set-up of the tests of mixed bits: small models with a text beside them, and folders made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eval_models import build as build_model
+from eval_models import quiet_transformers
+from safetensors.torch import load_file, save_file
+
+import quantkit
+
+TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
+
+
+def build(folder: Path, kind: str = "llama", *, halves: bool = False, **changes: Any) -> Path:
+    """With calib.txt beside it; halves: in bfloat16."""
+    build_model(folder, kind, **changes)
+    (folder / "calib.txt").write_text(TEXT)
+    if halves:
+        tensors = {name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def recipe(source: Path, method: str, bits: float, **quantize: Any) -> dict[str, Any]:
+    return {
+        "quantize": {"method": method, "bits": bits, **quantize},
+        "calibration": {"text": str(source / "calib.txt"), "samples": 8, "length": 64},
+    }
+
+
+def make(work: Path, method: str, bits: float, **model: Any) -> tuple[Path, Path]:
+    """A model, and a folder made of it; beside that, what was measured."""
+    with quiet_transformers():
+        source = build(work / "source", **model)
+        quantkit.quantize(source, work / "out", recipe(source, method, bits))
+    return source, work / "out"
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "quantkit.json").read_text())
+    return found
