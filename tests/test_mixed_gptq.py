@@ -149,7 +149,7 @@ def test_refused(made: tuple[Path, Path], options: dict[str, Any], words: str) -
 
 def test_measurement_for_another_method_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = made
-    table = recipe(source, 4.5, method="exl2", measurement=f"{out}.measurement.json")
+    table = recipe_of(source, "exl2", 4.5, measurement=f"{out}.measurement.json")
     with pytest.raises(QuantkitError, match="was made for gptq"):
         quantkit.quantize(source, tmp_path / "out", table)
 
