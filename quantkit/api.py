@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,8 +235,10 @@ def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET
     if not recipe.output:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
     _check_device(recipe.resources.device)
+    started = time.monotonic()
     job, checkpoint = plan_recipe(recipe, data_present=True, measuring=True, force=force, console=console)
-    return execute(job, checkpoint, expand(recipe.output), console, force=force)
+    made = execute(job, checkpoint, expand(recipe.output), console, force=force)
+    return replace(made, seconds=time.monotonic() - started)
 
 
 def _check_device(device: str) -> None:

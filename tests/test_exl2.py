@@ -228,6 +228,7 @@ def test_damage_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
     ({"mixes": {"mlp.down_proj": "7_64"}}, "'7_64' is no part of a mix of bits"),
     ({"mixes": {"nothing": "4_64"}}, "matches no tensor"),
     ({"min_bits": 6, "max_bits": 5.9}, "above max_bits"),
+    ({"bits": 4, "max_bits": 3}, "no linear may have more than 3"),
     ({"bits": 3, "min_bits": 4}, "too few"),
     ({"measurement": "nowhere.json"}, "cannot be read"),
     ({"group_size": 64}, "does not apply to exl2"),
@@ -408,6 +409,13 @@ def test_head_with_other_outputs_is_warned_of(made: tuple[Path, Path]) -> None:
     assert any(
         "lm_head" in w and "32 does not divide" in w for w in quantkit.plan(str(source), recipe(source)).warnings
     )
+
+
+def test_bits_for_a_head_that_is_the_embedding_are_said_to_change_nothing(tmp_path: Path) -> None:
+    source = build(tmp_path / "tied", tie_word_embeddings=True)
+    for asked, said in (({"head_bits": 6}, True), ({"head_bits": 16}, False), ({}, False)):
+        warnings = quantkit.plan(str(source), recipe(source, **asked)).warnings
+        assert any("head_bits 6 changes nothing" in w for w in warnings) == said
 
 
 def test_bits_that_a_head_cannot_have_are_refused(made: tuple[Path, Path]) -> None:

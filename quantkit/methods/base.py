@@ -38,6 +38,8 @@ class Mixed(Parameters):
     def _bounds(self) -> Self:
         if self.min_bits > self.max_bits:
             raise ValueError(f"min_bits is {self.min_bits:g}, above max_bits, which is {self.max_bits:g}")
+        if self.bits > self.max_bits:
+            raise ValueError(f"bits is {self.bits:g}, and no linear may have more than {self.max_bits:g} (max_bits)")
         return self
 
     @field_validator("importance")

@@ -152,6 +152,13 @@ def _describe(params: Exl2) -> Description:
     return Description("EXL2", slug, ("exl2",), settings)
 
 
+def _reader_notes(selection: Selection, params: Exl2) -> tuple[str, ...]:
+    asked = "head_bits" in params.model_fields_set and params.head_bits != 16
+    if not asked or "lm_head" in selection.encoded:
+        return ()
+    return (f"head_bits {params.head_bits} changes nothing: this model's head is its embedding, or left alone",)
+
+
 def _loader(architecture: str, params: Exl2) -> tuple[str, str]:
     if architecture in READ:
         return "exllamav2", ""
@@ -172,6 +179,7 @@ METHOD = Method(
     refuses=lambda spec, _: exl2_format.refuses(spec),
     reader_config=_reader_config,
     others="F16",  # its kernels take no other bias
+    reader_notes=_reader_notes,
     head=lambda params: HEADS.get(params.head_bits),
     loader=_loader,
     streams=_streams,
