@@ -17,6 +17,7 @@ from quantkit.errors import OutputError, SourceError, UsageError, VerifyError
 from quantkit.evaluator import WINDOWS, Evaluation, Subject, Windows, evaluate_folder
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
+from quantkit.job_memory import measuring_memory
 from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
 from quantkit.measurement import ROWS, Losses, Measurement, allocated, check_fits, digest_of_weights, read_measurement
 from quantkit.measurer import Job
@@ -24,7 +25,7 @@ from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
 from quantkit.output import COMMITS, check_place
 from quantkit.patterns import matches
-from quantkit.planner import linears_to_mix, make_plan, measuring_memory, tokens_for
+from quantkit.planner import linears_to_mix, make_plan, source_tensors, tokens_for
 from quantkit.plans import Origin, Plan
 from quantkit.publication import FORMAT, render_from_manifest
 from quantkit.recipe import Recipe, build_recipe
@@ -163,7 +164,7 @@ def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> M
     path = expand(str(out))
     if path.exists():
         return _measured(job, path)
-    memory = measuring_memory(recipe, checkpoint, linears, job.tokens)
+    memory = measuring_memory(recipe, checkpoint, source_tensors(checkpoint), linears, job.tokens)
     console.note(f"peak RAM {human_bytes(memory.peak)}, scratch on disk {human_bytes(memory.scratch)}")
     return measure_job(job, path, console)
 

@@ -15,16 +15,14 @@ from quantkit.architectures import Linear
 from quantkit.calibration.data import Tokens, load_tokens
 from quantkit.checkpoint.header import FLOATS, TensorInfo, TensorSpec, aligned_order, build_header, quote
 from quantkit.checkpoint.reader import read_json
-from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.torch_zip_writer import plan_torch_zip
 from quantkit.checkpoint.views import SourceTensor, plain
 from quantkit.errors import SourceError, UsageError
-from quantkit.layer_memory import LayerMemory, LayerShape, StreamShape, plan_layers
+from quantkit.job_memory import memory_of, streams_of
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
 from quantkit.layouts.base import MANIFEST as MANIFEST_NAME
 from quantkit.layouts.hf import index_text
 from quantkit.measurement import ROWS, Losses
-from quantkit.memory import MemoryPlan, Work, plan_memory
 from quantkit.methods.base import WeightSpec
 from quantkit.plans import (
     CARD,
@@ -62,9 +60,6 @@ _ASSUMED = (
     "`quantkit measure` does",
 )
 _NO_PLOT = ("no plot of the bits without matplotlib: `pip install quantkit[plot]`",)
-# Bytes for each weight of a linear that is pruned or encoded whole: its mask, what it becomes, its bits turned, what it
-# is encoded to and decoded from; and while SparseGPT moves weights, four copies of it in float32.
-MADE, PRUNING = 16, 17
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -146,7 +141,7 @@ def make_plan(
         *(checkpoint.config_notes if target.layout == "hf" else ()),
         *target.notes,
         *(tokens.doubts if tokens is not None else ()),
-        *(_SINGLE_ROW if tokens is not None and len(tokens.ids) == 1 and "full" in _streams(recipe, tokens) else ()),
+        *(_SINGLE_ROW if tokens is not None and len(tokens.ids) == 1 and "full" in streams_of(recipe, tokens) else ()),
         *misfits(checkpoint, tensors, chosen),
         *unknown(tensors, chosen),
         *_sparse_parent(checkpoint, recipe),
@@ -172,8 +167,8 @@ def make_plan(
     plan = Plan(
         recipe, origin, chosen.architecture or str(checkpoint.config.get("model_type")), identity, tuple(units), shards,
         (), config, target.layout, target.config_file, target.index_file, target.copies, target.generated,
-        _memory(units, recipe, chosen, target, checkpoint, tokens), tuple(warnings), {},
-        tokens, _streams(recipe, tokens), chosen.allocation,
+        memory_of(units, recipe, chosen, target, checkpoint, tokens), tuple(warnings), {},
+        tokens, streams_of(recipe, tokens), chosen.allocation,
     )  # fmt: skip
     loader, _ = _loader(recipe, chosen, target)
     draft = draft_manifest(plan, checkpoint, target, chosen.selection, loader)
@@ -267,17 +262,6 @@ def _calibrate(recipe: Recipe, checkpoint: Checkpoint, target: Target, *, quiet:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=public)}), tokens
 
 
-def _streams(recipe: Recipe, tokens: Tokens | None) -> tuple[str, ...]:
-    if tokens is None:
-        return ()
-    if recipe.needs == "nothing":  # only what bits are worth was measured on them
-        return ()
-    streams = () if recipe.quantize is None else recipe.quantize.implementation.streams(recipe.quantize.params)
-    if not streams and recipe.prune is not None and recipe.prune.method == "sparsegpt":
-        return ("quantized", "full")
-    return streams or ("quantized",)
-
-
 def _unit(source: SourceTensor, chosen: Chosen, recipe: Recipe, target: Target, where: str) -> Unit:
     # Offsets and files of the outputs are filled in by _shard.
     quantized, pruned = source.name in chosen.quantized, source.name in chosen.pruned
@@ -349,111 +333,6 @@ def _lay_out(name: str, tensors: Sequence[TensorSpec], target: Target) -> Shard:
     specs = aligned_order(tensors)
     header, offsets = build_header(specs)
     return Shard(name, ((0, header),), offsets[-1] + specs[-1].nbytes, at(specs, offsets))
-
-
-def _memory(
-    units: Sequence[Unit],
-    recipe: Recipe,
-    chosen: Chosen,
-    target: Target,
-    checkpoint: Checkpoint,
-    tokens: Tokens | None,
-) -> MemoryPlan:
-    checked = recipe.convert is not None and recipe.convert.check
-    layers = None
-    if tokens is not None:  # first: it is the larger part, and so the one to name where there is too little
-        full, hessian = "full" in _streams(recipe, tokens), recipe.needs == "hessian"
-        stream = _stream(recipe, checkpoint, tokens, full=full, hessian=hessian, made=_made(recipe, units))
-        linears = {u.name: u.linear for u in units if u.calibrated and u.linear is not None} | chosen.mixed
-        layers = _plan_layers(recipe, [u.source for u in units], linears, stream)
-    plan = plan_memory(
-        (
-            Work(u.source, u.granule, u.linear is not None and not u.calibrated, _copies(u, checked=checked))
-            for u in units
-        ),
-        tensors=sum(len(u.outputs) for u in units),
-        threads=recipe.resources.threads,
-        limit=recipe.resources.max_memory,
-        device=recipe.resources.device,
-        # Rounding and pruning take torch, too.
-        derived=chosen.derived
-        or (recipe.quantize is not None and recipe.quantize.method == "rtn")
-        or any(u.pruned and not u.calibrated for u in units),
-        generated=sum(map(len, target.generated.values())) - len(target.generated.get("quantize_config.json", b"")),
-        parsed=max((f.nbytes for f in target.copies), default=0) if target.layout == "mistral" else 0,
-    )
-    return replace(plan, layers=layers)
-
-
-def _stream(
-    recipe: Recipe, checkpoint: Checkpoint, tokens: Tokens, *, full: bool, hessian: bool, made: int = 0
-) -> StreamShape:
-    rows, length = tokens.ids.shape
-    width = architectures.hidden_width(checkpoint.config)
-    head = None
-    if recipe.mixing is not None:
-        head = width * int(checkpoint.config["vocab_size"]), int(checkpoint.config["vocab_size"])
-    used = len(set(tokens.ids.ravel().tolist()))
-    return StreamShape(rows, length, width, used, full, hessian, made, head)
-
-
-def _plan_layers(
-    recipe: Recipe, sources: Sequence[SourceTensor], linears: Mapping[str, Linear], stream: StreamShape
-) -> LayerMemory:
-    resources = recipe.resources
-    layers = _layers(sources, {name: linear for name, linear in linears.items() if linear.layer >= 0})
-    threads = resources.threads or cores()
-    return plan_layers(layers, stream, threads=threads, limit=resources.max_memory, device=resources.device)
-
-
-def measuring_memory(recipe: Recipe, checkpoint: Checkpoint, linears: Sequence[Linear], tokens: Tokens) -> LayerMemory:
-    """What it takes to measure the losses of linears on these tokens. UsageError if that is more than it may."""
-    stream = _stream(recipe, checkpoint, tokens, full=False, hessian=True)
-    return _plan_layers(recipe, source_tensors(checkpoint), {f"{x.module}.weight": x for x in linears}, stream)
-
-
-def _made(recipe: Recipe, units: Sequence[Unit]) -> int:
-    """Bytes for each weight of a linear while it is pruned, and encoded whole, in a stream."""
-    solved = recipe.quantize is not None and recipe.quantize.implementation.solve is not None
-    if solved and all(u.quantized for u in units if u.calibrated):
-        made = 3 if recipe.prune is not None else 0  # masks of all linears of a group
-    else:
-        made = MADE
-    return made + (PRUNING if recipe.prune is not None and recipe.prune.method == "sparsegpt" else 0)
-
-
-def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear]) -> list[LayerShape]:
-    """The decoder layers as the memory plan sees them. linears: those that are solved or measured, by tensor name;
-    another tensor belongs to the layer whose linears begin like it."""
-    prefixes: dict[str, int] = {}
-    for name, linear in linears.items():
-        prefixes.setdefault(name.partition(f".{linear.layer}.")[0] + f".{linear.layer}.", linear.layer)
-    solved: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
-    experts: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
-    others = dict.fromkeys(solved, 0)
-    for source in sources:
-        if (one := linears.get(source.name)) is not None:
-            rows, columns = reversed(source.shape) if one.transposed else source.shape
-            (experts if one.expert else solved)[one.layer].append((rows, columns))
-            continue
-        layer = next((n for prefix, n in prefixes.items() if source.name.startswith(prefix)), None)
-        if layer is not None:
-            others[layer] += source.numel
-    itemsize = max(s.nbytes // s.numel for s in sources if s.name in linears)
-    return [LayerShape(tuple(solved[n]), tuple(experts[n]), itemsize, others[n]) for n in solved]
-
-
-def _copies(unit: Unit, *, checked: bool) -> float:
-    """How many slabs a worker makes of one, at the most at one time."""
-    arranged = (unit.source.head_dim > 0) + (len(unit.source.parts) > 1) + unit.source.turned
-    arranged += 2 * (unit.source.scales is not None)
-    if unit.pruned:  # the mask, the pruned weight, what it encodes to and is decoded from
-        return (10 if unit.quantized else 6) + arranged
-    if unit.linear is not None:  # what it encodes to: at most half of it (int8 from 16 bits)
-        return 0.5 + unit.linear.transposed + arranged
-    written = (unit.head_dim > 0) + 3 * unit.cast
-    # Read back, turned back step by step, and compared eight bytes at a time.
-    return arranged + written + (1.25 + written + arranged if checked else 0)
 
 
 def _sparse_parent(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:

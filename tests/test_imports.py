@@ -14,7 +14,7 @@ PACKAGE = Path(quantkit.__file__).parent
 
 # Top first. A name stands for a module or for a whole folder.
 LAYERS = (
-    {"__init__", "__main__", "cli"},
+    {"__init__", "__main__", "cli", "cli_text"},
     {"api"},
     {
         "runner",
@@ -33,7 +33,7 @@ LAYERS = (
     {"layer_runner", "restored", "foreign", "packed"},
     {"encoding"},
     {"committer", "planner"},
-    {"publication"},
+    {"job_memory", "publication"},
     {"plans", "selection"},
     {"recipe"},
     {"card", "parent_card", "card_facts", "front_matter", "bnb_folder", "memory", "console", "calibration"},

@@ -1,0 +1,93 @@
+"""What the command line prints of plans and runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantkit.console import human_bytes, table
+
+if TYPE_CHECKING:
+    from quantkit.plans import Plan
+    from quantkit.runner import Outcome
+
+
+def plan_text(job: Plan) -> str:
+    tensors = table(
+        [
+            (t.name, t.dtype, "×".join(map(str, t.shape)) or "scalar", f"{t.nbytes:,}")
+            for u in job.units
+            for t in u.outputs
+        ],
+        header=("tensor", "dtype", "shape", "bytes"),
+        right=(3,),
+    )
+    files = table([(f.name, f.role, f"{f.nbytes:,}") for f in job.files], header=("file", "kind", "bytes"), right=(2,))
+    totals = table(
+        [
+            ("parameters", f"{job.parameters:,}"),
+            *_job_rows(job),
+            ("weights", f"{human_bytes(job.source_bytes)} → {human_bytes(job.weight_bytes)}"),
+            ("peak RAM", f"{human_bytes(job.memory.peak)} at most, {job.memory.threads} threads"),
+            ("disk", f"{job.disk:,} bytes ({human_bytes(job.disk)})"),
+            *_calibration_rows(job),
+            ("passes", f"{job.passes} over the source"),
+            ("plan hash", job.hash),
+        ]
+    )
+    return f"{tensors}\n\n{files}\n\n{totals}"
+
+
+def _calibration_rows(job: Plan) -> list[tuple[str, str]]:
+    if job.tokens is None:
+        return []
+    rows, length = job.tokens.ids.shape
+    return [
+        ("calibration", f"{rows:,} rows of {length:,} tokens from {job.tokens.name}"),
+        ("scratch", f"{human_bytes(job.scratch)} of disk while it runs"),
+    ]
+
+
+def _job_rows(job: Plan) -> list[tuple[str, str]]:
+    rows = []
+    if (prune := job.recipe.prune) is not None:
+        rows.append(("pruned", f"{len(job.pruned):,} linear layers of {job.architecture}, {prune.requested}"))
+        zeros, weights = job.to_prune
+        known = "how many weights, the run will say" if zeros is None else f"{zeros:,} weights, {zeros / weights:.3%}"
+        rows.append(("", f"{known} of {weights:,}"))
+    if job.bits_per_weight is None and rows:
+        return rows
+    if job.bits_per_weight is None:
+        moved = sum(u.reordered for u in job.units)
+        return [
+            ("converted", f"{len(job.units):,} tensors of {job.architecture}, {moved:,} with rows in another order")
+        ]
+    bits = f"{job.bits_per_weight:.3f} in quantized layers, {job.model_bits_per_weight:.3f} over all"
+    quantized = f"{len(job.quantized):,} linear layers of {job.architecture}"
+    return [*rows, ("quantized", quantized), ("bits per weight", bits)]
+
+
+def outcome_text(outcome: Outcome) -> str:
+    if outcome.already_done:
+        return f"{outcome.out} is finished already; `quantkit verify` checks it"
+    rows = [
+        ("folder", str(outcome.out)),
+        (
+            "tensors",
+            f"{outcome.units:,}" + (f", {outcome.reused:,} kept from an earlier run" if outcome.reused else ""),
+        ),
+        *([("checked", outcome.checked)] if outcome.checked else []),
+        *([("zeros", _zeros_text(outcome.zeros, outcome.source_zeros))] if outcome.zeros is not None else []),
+        ("seconds", f"{outcome.seconds:.1f}"),
+        ("peak RAM", human_bytes(outcome.peak_rss)),
+        ("card", str(outcome.out / "README.md")),
+    ]
+    return table(rows)
+
+
+def _zeros_text(zeros: int, before: int | None) -> str:
+    sparse = f"; the source was sparse already, {before:,} of them were zero" if before and before > zeros / 100 else ""
+    return f"{zeros:,} in the pruned layers{sparse}"
+
+
+def spread(error: float | None, form: str) -> str:
+    return "" if error is None else f" ± {error:{form}}"
