@@ -17,8 +17,10 @@ FLOAT = 4
 # Of a part of a weight, for each thread; solvers.threads has the same numbers, beside torch, which no plan loads.
 MOST, LEAST, LARGEST = 256, 64, 2**20
 HOLES = 0.25  # what the heap keeps of freed blocks and of copies that products made: measured on a layer of a 7B model
-# Of measuring: rows and tokens that go forward and back, tokens whose logits are there at a time (see measurer).
+# Of measuring (see measurer): rows and tokens that go forward and back, tokens whose logits are there at a time; rows
+# of a trial, and kinds of linears that experts have.
 SHORT_ROWS, SHORT, TOKENS = 8, 512, 64
+TRIAL_ROWS, EXPERT_KINDS = 4, 3
 PART = 12 * FLOAT  # bytes for each weight of these: its error, what is left to round, products, codes
 
 
@@ -91,6 +93,10 @@ def plan_layers(
         # The head as it is on disk, and in parts that autograd keeps; logits, probabilities, their sums and gradients.
         stored = layers[0].itemsize
         gradients = max(saved, (FLOAT + stored) * matrix + 10 * FLOAT * TOKENS * vocabulary)
+        # A layer's weights as a trial has them; hidden states of the model and of one for each kind of linear.
+        weights += max(FLOAT * _numbers(layer) for layer in layers)
+        kinds = max(len(layer.linears) + EXPERT_KINDS * bool(layer.experts) for layer in layers)
+        scratch += FLOAT * 2 * (kinds + 1) * TRIAL_ROWS * SHORT * stream.width
         scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * stream.width * (len(layers) + 2))
     memory = LayerMemory(base, weights, solver, activations, scratch, gradients)
     if limit is not None and memory.peak > limit:
@@ -104,8 +110,11 @@ def plan_layers(
 def _weights(layer: LayerShape) -> int:
     """Bytes of a layer's parameters: linears as they are on disk, and as they are computed with, which is float32, or
     bfloat16 where a processor has that."""
-    numbers = sum(rows * columns for rows, columns in (*layer.linears, *layer.experts))
-    return FLOAT * layer.others + max(FLOAT, layer.itemsize + 2) * numbers
+    return FLOAT * layer.others + max(FLOAT, layer.itemsize + 2) * _numbers(layer)
+
+
+def _numbers(layer: LayerShape) -> int:
+    return sum(rows * columns for rows, columns in (*layer.linears, *layer.experts))
 
 
 def _widths(layer: LayerShape) -> set[int]:
@@ -124,8 +133,9 @@ def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) 
     tallest = max(rows for rows, c in (*layer.linears, *layer.experts) if c == columns)
     matrix, codes = FLOAT * columns * columns, tallest * columns
     at_work = threads * _part(columns, tallest)
-    # Measuring weighs tokens anew for every linear.
-    weighed = matrix * sum(c == columns for _, c in layer.linears) if stream.head is not None else 0
+    weighed = 0
+    if stream.head is not None:  # measuring weighs tokens anew for every linear, and solves a whole weight, in float32
+        weighed = matrix * sum(c == columns for _, c in layer.linears) + FLOAT * tallest * columns
     needed = matrix + weighed + FLOAT * aimed + codes + max(matrix + at_work, (FLOAT + 1) * tallest * columns)
     return needed + int(HOLES * (matrix + weighed + FLOAT * aimed))
 

@@ -43,7 +43,8 @@ class LinearLosses(_Table):
 
 class Measurement(_Table):
     """method: for which it was made (Mixing.label). weights: a digest of the model's linears. tokens: SHA-256 of the
-    ids that were looked at, rows of `length`."""
+    ids that were looked at, rows of `length`. kinds: by how much the losses of each kind of linear were multiplied, for
+    what is expected of it to be what was measured."""
 
     format: int
     quantkit: str
@@ -54,6 +55,7 @@ class Measurement(_Table):
     tokens: str
     rows: int
     length: int
+    kinds: dict[str, float] = {}
     linears: dict[str, LinearLosses]
 
     @property

@@ -3,7 +3,8 @@
 The loss of a linear is ½ · Σ over its outputs of the mean square of the gradient there (calibration.sensitivity) times
 the energy of the error that the mix makes of that output (e·H·eᵀ a token): what the model's distribution moves by, if
 errors of one linear do not make up for each other's. H weighs tokens by their own gradients. Weights are solved as in a
-run, but without refinement, and of tall ones some rows stand for all.
+run, but without refinement, and of tall ones some rows stand for all. At the end, what is expected of each kind of
+linear is set right by what is measured of it (calibration.trials).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 SHORT = (8, 512)  # rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
+TRIAL_ROWS = 4  # rows, as short as those for gradients, on which kinds of linears are compared
+TRIAL_BITS = 3.25  # about the bits that they are compared at: errors are large enough to tell, and not all there is
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,11 @@ def measure(job: Job, path: Path, console: Console) -> Measurement:
             head = {"quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "method": job.label}
             if journal.head != head:
                 journal.start(head)
-            losses = _Run(job, work / FOLDER / "hidden", files, journal, console).run()
+            losses, kinds = _Run(job, work / FOLDER / "hidden", files, journal, console).run()
         count, length = job.tokens.ids.shape
         found = Measurement(
             format=FORMAT, quantkit=__version__, method=job.label, source=job.source, weights=weights,
-            text=job.tokens.name, tokens=job.tokens.sha256, rows=count, length=length,
+            text=job.tokens.name, tokens=job.tokens.sha256, rows=count, length=length, kinds=kinds,
             linears={
                 s.module: LinearLosses(rows=s.rows, columns=s.columns, losses=job.losses(s, losses))
                 for s in job.specs
@@ -131,8 +134,8 @@ class _Run:
         self.job, self.scratch, self.files, self.journal, self.console = job, scratch, files, journal, console
         self.specs = {spec.module: spec for spec in job.specs}
 
-    def run(self) -> dict[str, dict[str, float]]:
-        """Losses by module and mix."""
+    def run(self) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Losses by module and mix; by kind of linear, how many times what was expected was measured."""
         import torch
 
         from quantkit.calibration.energies import Energies, read_squares, to_bytes
@@ -140,6 +143,7 @@ class _Run:
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Linear as Streamed
         from quantkit.calibration.stream import Stream
+        from quantkit.calibration.trials import Trials, kind_of
         from quantkit.calibration.weights import CheckpointWeights
         from quantkit.torch_setup import fast_dtype, torch_settings
 
@@ -171,8 +175,13 @@ class _Run:
             else:
                 progress.advance(2 * size)
             gradients = read_squares(kept)
-            with closing(Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute)) as stream:
-                if done and not _kept(stream, len(done)):
+            kinds = {x.module: kind_of(x.module, x.layer) for x in job.linears if x.layer >= 0}
+            few = ids[-TRIAL_ROWS:, : SHORT[1]]
+            with (
+                closing(Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute)) as stream,
+                closing(Trials(skeleton, weights, few, layers, kinds, self.scratch, compute)) as trials,
+            ):
+                if done and not (_kept(stream, len(done)) and trials.kept(len(done))):
                     done = []
                 for entry in done:
                     found |= entry["losses"]
@@ -181,21 +190,48 @@ class _Run:
                 energies = Energies(gradients)
                 stream.watch = energies.add
                 stream.begin(len(done))
+                trials.begin(len(done))
                 for index in range(len(done), len(layers)):
                     losses: dict[str, dict[str, float]] = {}
+                    other: dict[str, torch.Tensor] = {}
 
                     def look(
-                        _: tuple[str, ...], seen: Statistics, losses: dict[str, Any] = losses
+                        _: tuple[str, ...],
+                        seen: Statistics,
+                        losses: dict[str, Any] = losses,
+                        other: dict[str, torch.Tensor] = other,
                     ) -> Mapping[str, torch.Tensor]:
-                        losses |= _losses(seen, job, self.specs, energies)
+                        lost, restored = _losses(seen, job, self.specs, energies)
+                        losses |= lost
+                        other |= {name: weight.to(skeleton.device, compute) for name, weight in restored.items()}
                         return dict(seen.weights)
 
                     stream.layer(index, look)
+                    trials.layer(index, other)
+                    other.clear()
                     entry = {"layer": index, "losses": losses, "excluded": sorted(stream.excluded)}
                     self.journal.append([entry])
                     found |= losses
                     self._passed(progress, layers[index], f"losses, layer {index}")
-        return found
+                measured = trials.divergences()
+        return self._corrected(found, kinds, measured)
+
+    def _corrected(
+        self, found: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str], measured: Mapping[str, float]
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Losses of each kind by the factor that makes its trial come out as it was measured."""
+        expected = dict.fromkeys(measured, 0.0)
+        for name, own in found.items():
+            expected[kinds[name]] += own[_trial_mix(self.job, self.specs[name])]
+        factors = dict.fromkeys(measured, 1.0)
+        for kind, divergence in measured.items():
+            if expected[kind] > 0 and 0 < divergence < float("inf"):
+                factors[kind] = float(f"{divergence / expected[kind]:.4g}")
+        corrected = {
+            name: {mix: float(f"{loss * factors[kinds[name]]:.6g}") for mix, loss in own.items()}
+            for name, own in found.items()
+        }
+        return corrected, factors
 
     def _look(self, name: str, flat: Array) -> None:
         """NotFiniteError for a linear that holds what is not finite, unless that is allowed, and then zero."""
@@ -223,8 +259,8 @@ def _kept(stream: Any, layer: int) -> bool:
 
 def _losses(
     seen: Statistics, job: Job, specs: Mapping[str, WeightSpec], energies: Energies
-) -> dict[str, dict[str, float]]:
-    """Of the linears that share an input, by mix, in nats a token."""
+) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
+    """Of the linears that share an input, by mix, in nats a token; and their weights [out, in] as a trial has them."""
     import torch
 
     from quantkit.solvers.group import FEWEST_TOKENS
@@ -236,6 +272,7 @@ def _losses(
     enough = seen.tokens >= FEWEST_TOKENS
     factor = next(iter(trials.values())).factor(seen.hessian) if enough else None  # the same for all
     found: dict[str, dict[str, float]] = {}
+    other: dict[str, torch.Tensor] = {}
     for name, weight in seen.weights.items():
         rows = torch.arange(0, len(weight), -(-len(weight) // SAMPLE))
         some = weight[rows].float()
@@ -243,12 +280,23 @@ def _losses(
         # The rows that stand for others do so in the sum of their gradients, too.
         share = 0.5 * float(weighing.sum()) / max(float(weighing[rows].sum()), 1e-300) / max(tokens, 1e-300)
         own: dict[str, float] = {}
+        whole = _trial_mix(job, specs[name])
         for option in job.mixing.options(job.params, specs[name]):
+            tried = weight.float() if option == whole else some
             if factor is None:
-                coded = trials[option].nearest(name, some, seen.hessian)
+                coded = trials[option].nearest(name, tried, seen.hessian)
             else:
-                coded = trials[option].solve(name, some, seen.hessian, target=None, keep=None, factor=factor).coded
-            lost = row_losses(some - torch.from_numpy(coded.restore()), energy)
+                coded = trials[option].solve(name, tried, seen.hessian, target=None, keep=None, factor=factor).coded
+            restored = torch.from_numpy(coded.restore())
+            if option == whole:
+                other[name], restored = restored, restored[rows]
+            lost = row_losses(some - restored, energy)
             own[option] = float(f"{float((lost * weighing[rows]).sum()) * share:.6g}")
         found[name] = own
-    return found
+    return found, other
+
+
+def _trial_mix(job: Job, spec: WeightSpec) -> str:
+    """The mix in which a linear is written in a trial."""
+    options = job.mixing.options(job.params, spec)
+    return min(options, key=lambda mix: abs(job.mixing.cost(job.params, spec, mix) - TRIAL_BITS * spec.numel))

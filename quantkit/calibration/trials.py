@@ -1,0 +1,107 @@
+"""How far a model moves when all linears of one kind are written otherwise: measured, beside what is expected of it.
+
+To second order, and with errors of several outputs and tokens taken to have nothing to do with each other, expectations
+are about half of what happens; and for some kinds of linears less than that. So the model goes forward with each kind
+of linear in turn written in about three bits, all layers at once, and is compared with itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.rows import apply_linear
+from quantkit.calibration.skeleton import Call, Skeleton, Weights
+from quantkit.calibration.stream import Linear, hidden_width, loaded
+
+EVERY = 4  # of the tokens, one in so many is predicted
+TOKENS = 16  # whose logits are there at a time, of two models
+_PLAIN = ""  # the model as it is
+
+
+def kind_of(module: str, layer: int) -> str:
+    """A linear's name within its layer, the same for all experts: "self_attn.o_proj", "mlp.experts.*.down_proj"."""
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", module.partition(f".{layer}.")[2])
+
+
+class Trials:
+    """The model as it is, and for each kind of linear one in which those have other weights, over token ids [rows,
+    length], layer by layer. kinds: by name of a linear. folder: for hidden states, which the caller removes."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        weights: Weights,
+        ids: torch.Tensor,
+        linears: Sequence[Mapping[str, Linear]],
+        kinds: Mapping[str, str],
+        folder: Path,
+        compute: torch.dtype,
+    ) -> None:
+        self.skeleton, self.weights, self.ids, self.linears = skeleton, weights, ids, linears
+        self.kinds, self.compute = kinds, compute
+        names = [_PLAIN, *dict.fromkeys(kinds.values())]
+        shape = (*ids.shape, hidden_width(skeleton))
+        self.states = {
+            kind: [HiddenStates(folder / f"trial-{number}-{i}", *shape) for i in (0, 1)]
+            for number, kind in enumerate(names)
+        }
+        self.calls: list[Call] = []
+
+    def kept(self, layer: int) -> bool:
+        """Whether the hidden states that enter a layer are on disk."""
+        files = [states[layer % 2] for states in self.states.values()]
+        return all(file.path.stat().st_size == file.nbytes for file in files)
+
+    def begin(self, layer: int) -> None:
+        """Prepares for a layer; for the first one, by embedding the text."""
+        with self.skeleton.embedded(self.weights, self.ids) as (hidden, self.calls):
+            if layer == 0:
+                for row, x in enumerate(hidden):
+                    for states in self.states.values():
+                        states[0].write(row, x)
+
+    @torch.inference_mode()
+    def layer(self, index: int, trial: Mapping[str, torch.Tensor]) -> None:
+        """trial: the other weights of this layer's linears [out, in]."""
+        with loaded(self.skeleton, self.weights, index, self.linears[index], self.compute) as layer:
+            for kind, states in self.states.items():
+                others = {name: weight for name, weight in trial.items() if self.kinds[name] == kind}
+                layer.linears.answer = partial(_answer, {**layer.ready, **others})
+                for row in range(len(self.ids)):
+                    x = states[index % 2].read(row, self.skeleton.device)
+                    states[(index + 1) % 2].write(row, self.skeleton.run(index, x, self.calls[index]))
+                states[(index + 1) % 2].sync()
+
+    @torch.inference_mode()
+    def divergences(self) -> dict[str, float]:
+        """By kind, behind the last layer: KL divergence from the model as it is, in nats a token."""
+        logits = self.skeleton.logits(self.weights)
+        sums = dict.fromkeys((kind for kind in self.states if kind != _PLAIN), 0.0)
+        place, tokens = len(self.linears) % 2, range(EVERY - 1, self.ids.shape[1], EVERY)
+        for row in range(len(self.ids)):
+            every = {kind: states[place].read(row, self.skeleton.device) for kind, states in self.states.items()}
+            for some in _parts(tokens):
+                plain = logits(every[_PLAIN][:, some]).log_softmax(1)
+                for kind in sums:
+                    other = logits(every[kind][:, some]).log_softmax(1)
+                    sums[kind] += float((plain.exp() * (plain - other)).sum(dtype=torch.float64))
+        return {kind: total / (len(self.ids) * len(tokens)) for kind, total in sums.items()}
+
+    def close(self) -> None:
+        for states in self.states.values():
+            for state in states:
+                state.close()
+
+
+def _answer(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    return apply_linear(x, weights[name])
+
+
+def _parts(tokens: range) -> Iterable[list[int]]:
+    return (list(tokens[start : start + TOKENS]) for start in range(0, len(tokens), TOKENS))
