@@ -25,7 +25,7 @@ from quantkit.patterns import select
 from quantkit.solvers.allocation import BudgetError, Option, allocate
 
 FORMAT = 1
-ROWS = 16  # of calibration text that are looked at, at the most
+ROWS = 24  # of calibration text that are looked at, at the most; a third of them is held out
 PROBE = 4096  # elements at either end of a weight that tell it from another
 
 

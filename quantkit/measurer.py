@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SHORT = (8, 512)  # rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
+HELD_OUT = 3  # one row in so many is not among those that weights are solved on
 TRIAL_ROWS = 4  # rows, as short as those for gradients, on which kinds of linears are compared
 TRIAL_BITS = 3.25  # about the bits that they are compared at: errors are large enough to tell, and not all there is
 
@@ -164,9 +165,12 @@ class _Run:
         kept = self.scratch / "gradients.safetensors"
         known = kept.is_file() and any("gradients" in e for e in self.journal.entries)
         size = sum(spec.numel for spec in job.specs)
+        # Weights are solved on some rows, and what that costs is looked at on others.
+        first = len(ids) - len(ids) // HELD_OUT
+        held_out = ids[first:] if first < len(ids) else ids
         with torch_settings(job.threads), self.console.progress(3 * size) as progress:
             if not known:
-                short = ids[: SHORT[0], : SHORT[1]]
+                short = held_out[: SHORT[0], : SHORT[1]]
                 squares = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
                     lambda index: self._passed(progress, layers[index], f"gradients, layer {index}")
                 )
@@ -176,7 +180,7 @@ class _Run:
                 progress.advance(2 * size)
             gradients = read_squares(kept)
             kinds = {x.module: kind_of(x.module, x.layer) for x in job.linears if x.layer >= 0}
-            few = ids[-TRIAL_ROWS:, : SHORT[1]]
+            few = held_out[:TRIAL_ROWS, : SHORT[1]]
             with (
                 closing(Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute)) as stream,
                 closing(Trials(skeleton, weights, few, layers, kinds, self.scratch, compute)) as trials,
@@ -187,7 +191,8 @@ class _Run:
                     found |= entry["losses"]
                     stream.excluded = set(entry["excluded"])
                     self._passed(progress, layers[entry["layer"]], "")
-                energies = Energies(gradients)
+                energies = Energies(gradients, len(ids) - len(held_out))
+                stream.apart = frozenset(range(first, len(ids)))
                 stream.watch = energies.add
                 stream.begin(len(done))
                 trials.begin(len(done))

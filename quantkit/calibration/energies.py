@@ -30,10 +30,10 @@ def read_squares(path: Path) -> dict[str, Squares]:
 
 class Energies:
     """Σ a·x·xᵀ for each linear of a group, a being the squares of a token's gradients there: what `add` is told of is
-    added up until `take` takes it."""
+    added up until `take` takes it. first: the row of the text that gradients begin with."""
 
-    def __init__(self, squares: Mapping[str, Squares]) -> None:
-        self.squares = squares
+    def __init__(self, squares: Mapping[str, Squares], first: int) -> None:
+        self.squares, self.first = squares, first
         self.sums: dict[str, torch.Tensor] = {}  # float32 [in, in]
         self.weights: dict[str, float] = {}  # Σ a
 
@@ -41,9 +41,9 @@ class Energies:
         """x [tokens, in]: the beginning of a row, or all of it, is what gradients are known of."""
         for name in group:
             own = self.squares.get(name)
-            if own is None or own.tokens is None or row >= len(own.tokens):
+            if own is None or own.tokens is None or not self.first <= row < self.first + len(own.tokens):
                 continue
-            a = own.tokens[row].to(x.device)
+            a = own.tokens[row - self.first].to(x.device)
             some = x[: len(a)].float()
             if name not in self.sums:
                 self.sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)

@@ -82,7 +82,8 @@ class Stream:
         self.states = {n: [HiddenStates(folder / f"{n}-{i}", rows, length, width) for i in (0, 1)] for n in names}
         self.excluded: set[int] = set()
         self.calls: list[Call] = []
-        self.watch: Watch = lambda group, row, x: None  # of what statistics are made of, once they have it
+        self.watch: Watch = lambda group, row, x: None  # is told of every row that linears get
+        self.apart: frozenset[int] = frozenset()  # rows that no statistics are made of
 
     def begin(self, layer: int = 0) -> None:
         """Prepares for layer `layer`; for the first one, by embedding the text."""
@@ -242,7 +243,8 @@ class Stream:
             if not (_finite(x) and (aim is None or _finite(aim))):
                 self.excluded.add(row)
             elif row not in held_out:
-                found.add(x, aim)
+                if row not in self.apart:
+                    found.add(x, aim)
                 self.watch(group, row, x)
         self._check_excluded(index)
         found.finish_sums()

@@ -20,7 +20,7 @@ from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.layouts import open_checkpoint
 
-ROWS, LENGTH, SHORT = 4, 24, (2, 16)
+ROWS, LENGTH, SHORT, FIRST = 4, 24, (2, 16), 1
 Tensors = dict[str, torch.Tensor]
 
 
@@ -53,7 +53,7 @@ def test_squares_and_energies_are_those_of_the_whole_model(tmp_path: Path) -> No
     architecture = find(checkpoint.config)
     assert architecture is not None
     ids = torch.randint(3, 250, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    short = ids[: SHORT[0], : SHORT[1]]
+    short = ids[FIRST : FIRST + SHORT[0], : SHORT[1]]
     gradients, inputs = whole(source, short)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -75,7 +75,7 @@ def test_squares_and_energies_are_those_of_the_whole_model(tmp_path: Path) -> No
             assert tokens is not None
             torch.testing.assert_close(tokens, g.square().sum(2), rtol=1e-3, atol=1e-9)
             torch.testing.assert_close(squares[name].outputs, g.double().square().mean((0, 1)), rtol=1e-3, atol=1e-12)
-        gathered = Energies(squares)
+        gathered = Energies(squares, FIRST)
 
         def look(_: tuple[str, ...], seen: Statistics) -> Tensors:
             for name in seen.weights:
@@ -99,7 +99,7 @@ def test_squares_and_energies_are_those_of_the_whole_model(tmp_path: Path) -> No
 def test_without_gradients_all_tokens_count_alike() -> None:
     weight, hessian = torch.ones(3, 4), torch.eye(4)
     seen = Statistics({"a": weight, "b": weight}, {}, hessian, tokens=7)
-    energies = Energies({"b": Squares(torch.ones(3, dtype=torch.float64), None)})
+    energies = Energies({"b": Squares(torch.ones(3, dtype=torch.float64), None)}, 0)
     energies.add(("a", "b"), 0, torch.ones(5, 4))
     for name, mean in (("a", 0.0), ("b", 1.0)):
         means, energy, tokens = energies.take(name, seen)
