@@ -24,6 +24,7 @@ from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, OutputError
+from quantkit.layer_memory import SHORT, SHORT_ROWS, TRIAL_ROWS
 from quantkit.layouts import Checkpoint
 from quantkit.measurement import FORMAT, ROWS, LinearLosses, Measurement, digest_of_weights
 from quantkit.methods.base import Array, Mixed, Mixing, WeightSpec
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
     from quantkit.calibration.energies import Energies
     from quantkit.calibration.statistics import Statistics
 
-SHORT = (8, 512)  # rows and tokens for gradients
 SAMPLE = 384  # outputs of a linear that stand for all of them
 HELD_OUT = 3  # one row in so many is not among those that weights are solved on
-TRIAL_ROWS = 4  # rows, as short as those for gradients, on which kinds of linears are compared
 TRIAL_BITS = 3.25  # about the bits that they are compared at: errors are large enough to tell, and not all there is
 
 
@@ -170,7 +169,7 @@ class _Run:
         held_out = ids[first:] if first < len(ids) else ids
         with torch_settings(job.threads), self.console.progress(3 * size) as progress:
             if not known:
-                short = held_out[: SHORT[0], : SHORT[1]]
+                short = held_out[:SHORT_ROWS, :SHORT]
                 squares = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
                     lambda index: self._passed(progress, layers[index], f"gradients, layer {index}")
                 )
@@ -180,13 +179,15 @@ class _Run:
                 progress.advance(2 * size)
             gradients = read_squares(kept)
             kinds = {x.module: kind_of(x.module, x.layer) for x in job.linears if x.layer >= 0}
-            few = held_out[:TRIAL_ROWS, : SHORT[1]]
+            few = held_out[:TRIAL_ROWS, :SHORT]
             with (
                 closing(Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute)) as stream,
                 closing(Trials(skeleton, weights, few, layers, kinds, self.scratch, compute)) as trials,
             ):
                 if done and not (_kept(stream, len(done)) and trials.kept(len(done))):
-                    done = []
+                    done = []  # and nothing of them may be taken for a layer of this run
+                    self.journal.start(self.journal.head or {})
+                    self.journal.append([{"gradients": kept.name}])
                 for entry in done:
                     found |= entry["losses"]
                     stream.excluded = set(entry["excluded"])
