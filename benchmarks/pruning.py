@@ -21,23 +21,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from gptq import perplexity, timed
 
+from quantkit.calibration.data import Calibration, load_tokens
 from quantkit.layouts import open_checkpoint
 from quantkit.restored import RestoredWeights, open_files
 
 LLMCOMPRESSOR = """
 import sys
+import numpy as np
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
-source, out, text, method, amount, dtype = sys.argv[1:7]
-samples, length = map(int, sys.argv[7:])
+source, out, rows, method, amount, dtype = sys.argv[1:7]
 tokenizer = AutoTokenizer.from_pretrained(source)
-ids = tokenizer(open(text).read(), return_tensors="pt").input_ids
-rows = [ids[:, i * length:(i + 1) * length] for i in range(samples)]
+rows = [torch.from_numpy(row)[None].long() for row in np.load(rows)]
+samples = len(rows)
 rows = [dict(input_ids=row, attention_mask=torch.ones_like(row)) for row in rows]
 kind = dict(wanda=WandaPruningModifier, sparsegpt=SparseGPTModifier)[method]
 if ":" in amount:
@@ -83,6 +85,9 @@ class Runs:
         self.text = work / "text.txt"  # as language models know the spelling
         spelling = a.text.read_text().replace(" @-@ ", "-").replace(" @,@ ", ",").replace(" @.@ ", ".")
         self.text.write_text(spelling)
+        self.rows = work / "rows.npy"
+        counts = Calibration(text=str(a.calib), samples=a.samples, length=a.length)
+        np.save(self.rows, load_tokens(counts, a.model, vocab_size=2**31, context=None).ids)
 
     def perplexity(self, folder: Path) -> str:
         return f"{perplexity(folder, self.text, self.a.windows, self.a.length):.3f}"
@@ -101,9 +106,8 @@ class Runs:
         return timed([sys.executable, "-m", "quantkit", "prune", str(self.a.model), *options])
 
     def peer(self, method: str, amount: str, out: Path) -> tuple[float, float]:
-        arguments = [str(self.a.model), str(out), str(self.a.calib), method, amount, self.a.peer_dtype]
-        counts = [str(self.a.samples), str(self.a.length)]
-        return timed([self.a.llmcompressor, "-W", "ignore", "-c", LLMCOMPRESSOR, *arguments, *counts])
+        arguments = [str(self.a.model), str(out), str(self.rows), method, amount, self.a.peer_dtype]
+        return timed([self.a.llmcompressor, "-W", "ignore", "-c", LLMCOMPRESSOR, *arguments])
 
     def pruned(self) -> None:
         side = "seconds | peak RSS | perplexity | sparsity"

@@ -20,7 +20,7 @@ from quantkit.solvers.pattern import Amount
 from quantkit.solvers.quadratic import row_losses, total
 
 if TYPE_CHECKING:
-    from quantkit.calibration.blockwise import Norms
+    from quantkit.calibration.norms import Norms
     from quantkit.calibration.statistics import Statistics
 
 ROWS = 64  # of a weight, compared at a time

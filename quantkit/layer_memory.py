@@ -77,14 +77,16 @@ def plan_layers(
     tokens = stream.rows * stream.length
     everything = [shape for layer in layers for shape in (*layer.linears, *layer.experts)]
     largest = max(max(shape) for shape in everything)
-    inputs = max(sum({c for _, c in (*layer.linears, *layer.experts)}) + 2 * stream.width for layer in layers)
+    # What linears get, on disk while their layer is under way; for norms, experts' is not kept.
+    kept = [(*layer.linears, *(layer.experts if stream.hessian else ())) for layer in layers]
+    inputs = max(sum({columns for _, columns in shapes}) + 2 * stream.width for shapes in kept)
     solver = max(_solver(layer, columns, stream, threads) for layer in layers for columns in _widths(layer))
     solver += stream.made * max(math.prod(shape) for shape in everything)
     # A row's way through a layer: the residual, the norm's output, what attention and the feed-forward part hold.
     activations = FLOAT * stream.length * (4 * stream.width + 4 * largest)
     base = BASE if device == "cpu" else BASE_GPU
     streams = 2 if stream.full else 1  # two files of hidden states, and what linears get, for each
-    scratch = FLOAT * tokens * streams * (2 * stream.width + (inputs if stream.hessian else 0))
+    scratch = FLOAT * tokens * streams * (2 * stream.width + inputs)
     weights = max(FLOAT * stream.embedding * stream.width, *map(_weights, layers))
     gradients = 0
     if stream.head is not None:

@@ -26,7 +26,7 @@ from quantkit.pruning import Prune
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.calibration.blockwise import BlockStream, Norms
+    from quantkit.calibration.norms import Norms, NormStream
     from quantkit.calibration.statistics import Statistics
     from quantkit.encoding import Encoding, Made
 
@@ -92,7 +92,7 @@ class LayerRun:
         """All layers from the first that is not finished."""
         import torch
 
-        from quantkit.calibration.blockwise import BlockStream
+        from quantkit.calibration.norms import NormStream
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Linear, Stream
         from quantkit.calibration.weights import CheckpointWeights
@@ -119,23 +119,23 @@ class LayerRun:
         compute = fast_dtype(skeleton.device)
         ids = torch.from_numpy(tokens.ids.copy())
 
-        def blocks() -> BlockStream:
-            return BlockStream(skeleton, weights, ids, layers, folder, full=False, compute=compute)
+        def norms() -> NormStream:
+            return NormStream(skeleton, weights, ids, layers, folder, full=False, compute=compute)
 
         with torch_settings(plan.memory.threads):
             if prune is not None and prune.owl and not done.sparsities:
-                with closing(blocks()) as stream:
+                with closing(norms()) as stream:
                     done = self._survey(stream, prune, len(layers))
             self.encoding = Encoding(plan.recipe, self.units, done.sparsities)
             whole = "full" in plan.streams
             hessian = plan.recipe.needs == "hessian"
-            made = Stream(skeleton, weights, ids, layers, folder, full=whole, compute=compute) if hessian else blocks()
+            made = Stream(skeleton, weights, ids, layers, folder, full=whole, compute=compute) if hessian else norms()
             with closing(made):
                 made.excluded = set(done.excluded)
                 made.begin(done.layers)
                 for index in range(done.layers, len(layers) + len(head)):
-                    if isinstance(made, BlockStream):
-                        made.block(index, self._encode)
+                    if isinstance(made, NormStream):
+                        made.norms(index, self._encode)
                     elif index < len(layers):
                         made.layer(index, self._solve)
                     else:
@@ -145,7 +145,7 @@ class LayerRun:
                     self.committer.check()
                     self.done = replace(LayersDone.read([note]), sparsities=done.sparsities)
 
-    def _survey(self, stream: BlockStream, prune: Prune, layers: int) -> LayersDone:
+    def _survey(self, stream: NormStream, prune: Prune, layers: int) -> LayersDone:
         """How much of each layer goes, by its outliers in the model as it is."""
         from quantkit.solvers.masks import by_outliers, outlier_part
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,13 @@ from eval_models import quiet_transformers
 from safetensors.torch import load_file, save_file
 
 import quantkit
+from quantkit.architectures import find
+from quantkit.architectures import linears as linears_of
+from quantkit.calibration.skeleton import Skeleton
+from quantkit.calibration.stream import Linear
+from quantkit.calibration.weights import CheckpointWeights
+from quantkit.checkpoint.reader import SourceFiles
+from quantkit.layouts import open_checkpoint
 
 TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
 
@@ -43,3 +53,31 @@ def make(work: Path, method: str, bits: float, **model: Any) -> tuple[Path, Path
 def manifest(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "quantkit.json").read_text())
     return found
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a stream through a model's layers is made of."""
+
+    skeleton: Skeleton
+    weights: CheckpointWeights
+    layers: list[dict[str, Linear]]
+
+    @property
+    def parts(self) -> tuple[Skeleton, CheckpointWeights]:
+        return self.skeleton, self.weights
+
+
+@contextmanager
+def streamed(source: Path) -> Iterator[Streamed]:
+    checkpoint = open_checkpoint(source)
+    architecture = find(checkpoint.config)
+    assert architecture is not None
+    with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
+        skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
+        places = {p.name: p for layer in skeleton.inside for p in layer}
+        layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
+        for x in linears_of(architecture, checkpoint.config, checkpoint.tensors):
+            if x.layer >= 0:
+                layers[x.layer][x.module] = Linear(places[f"{x.module}.weight"], x.transposed, x.expert)
+        yield Streamed(skeleton, CheckpointWeights(checkpoint, files), layers)

@@ -166,6 +166,37 @@ def test_interrupted_while_measuring(tmp_path: Path) -> None:
     assert not (tmp_path / "m.json.work").exists()
 
 
+def test_measuring_begins_anew_without_its_hidden_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it measures until it is interrupted again is not taken for more layers than it was."""
+    from quantkit.calibration.trials import Trials
+
+    source = build(tmp_path / "source", num_hidden_layers=4)
+    api.measure(source, tmp_path / "whole.json", recipe(source))
+    real, asked = Trials.layer, []
+    hidden = tmp_path / "m.json.work" / ".quantkit" / "hidden"
+
+    def layer(self: Trials, index: int, other: Any) -> None:
+        if index == stop:
+            raise KeyboardInterrupt
+        asked.append(index)
+        real(self, index, other)
+
+    monkeypatch.setattr(Trials, "layer", layer)
+    for stop, done in ((3, [0, 1, 2]), (1, [0])):
+        asked.clear()
+        with pytest.raises(Interrupted):
+            api.measure(source, tmp_path / "m.json", recipe(source))
+        assert asked == done
+        if stop == 3:
+            for file in hidden.glob("quantized-*"):
+                file.unlink()
+    stop = -1
+    asked.clear()
+    api.measure(source, tmp_path / "m.json", recipe(source))
+    assert asked == [1, 2, 3]
+    assert (tmp_path / "m.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
 def test_mixes_that_are_given_and_bounds(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = made
     measured = str(out) + ".measurement.json"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from eval_models import KINDS, quiet_transformers
 from eval_models import build as build_model
-from oracle import blockwise
+from oracle import wanda_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -89,12 +89,12 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_exact")
 @pytest.mark.parametrize("sparsity", [0.02, 0.5])
-def test_wanda_of_a_whole_model_is_the_papers(tmp_path: Path, sparsity: float) -> None:
+def test_wanda_of_a_whole_model(tmp_path: Path, sparsity: float) -> None:
     source = build(tmp_path / "source", num_hidden_layers=3)
     run(source, tmp_path / "out", recipe(source, sparsity=sparsity))
     model = AutoModelForCausalLM.from_pretrained(source)
     tokens = torch.tensor([ord(c) for c in TEXT[: 8 * 64]]).reshape(8, 64)
-    blockwise.wanda(model, model.model.layers, tokens, sparsity)
+    wanda_model.wanda(model, model.model.layers, tokens, sparsity)
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, expected in model.state_dict().items():
         assert torch.equal(found[name], expected), name

@@ -7,18 +7,13 @@ from pathlib import Path
 
 import torch
 from eval_models import build, quiet_transformers
+from mixed_models import streamed
 from transformers import AutoModelForCausalLM
 
-from quantkit.architectures import find
-from quantkit.architectures import linears as linears_of
 from quantkit.calibration.energies import Energies, read_squares, to_bytes
 from quantkit.calibration.sensitivity import SEED, Sensitivity, Squares, _drawn
-from quantkit.calibration.skeleton import Skeleton
 from quantkit.calibration.statistics import Statistics
-from quantkit.calibration.stream import Linear, Stream
-from quantkit.calibration.weights import CheckpointWeights
-from quantkit.checkpoint.reader import SourceFiles
-from quantkit.layouts import open_checkpoint
+from quantkit.calibration.stream import Stream
 
 ROWS, LENGTH, SHORT, FIRST = 4, 24, (2, 16), 1
 Tensors = dict[str, torch.Tensor]
@@ -49,24 +44,15 @@ def whole(source: Path, ids: torch.Tensor) -> tuple[Tensors, Tensors]:
 
 def test_squares_and_energies_are_those_of_the_whole_model(tmp_path: Path) -> None:
     source = build(tmp_path / "source")
-    checkpoint = open_checkpoint(source)
-    architecture = find(checkpoint.config)
-    assert architecture is not None
     ids = torch.randint(3, 250, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     short = ids[FIRST : FIRST + SHORT[0], : SHORT[1]]
     gradients, inputs = whole(source, short)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     energies: Tensors = {}
-    with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
-        skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
-        places = {p.name: p for layer in skeleton.inside for p in layer}
-        layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
-        for x in linears_of(architecture, checkpoint.config, checkpoint.tensors):
-            if x.layer >= 0:
-                layers[x.layer][x.module] = Linear(places[f"{x.module}.weight"], x.transposed, x.expert)
-        weights = CheckpointWeights(checkpoint, files)
-        squares = Sensitivity(skeleton, weights, short, layers, scratch, torch.float32).run()
+    with streamed(source) as made:
+        layers = made.layers
+        squares = Sensitivity(*made.parts, short, layers, scratch, torch.float32).run()
         (tmp_path / "kept").write_bytes(to_bytes(squares))
         squares = read_squares(tmp_path / "kept")
         assert squares.keys() == gradients.keys() == {name for layer in layers for name in layer}
@@ -84,7 +70,7 @@ def test_squares_and_energies_are_those_of_the_whole_model(tmp_path: Path) -> No
                 energies[name] = total / weight
             return dict(seen.weights)
 
-        with closing(Stream(skeleton, weights, ids, layers, scratch, full=False)) as stream:
+        with closing(Stream(*made.parts, ids, layers, scratch, full=False)) as stream:
             stream.watch = gathered.add
             stream.begin()
             for index in range(len(layers)):

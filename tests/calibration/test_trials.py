@@ -7,45 +7,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_models import build, quiet_transformers
+from eval_models import build
+from mixed_models import streamed
 from transformers import AutoModelForCausalLM
 
-from quantkit.architectures import find
-from quantkit.architectures import linears as linears_of
-from quantkit.calibration.skeleton import Skeleton
-from quantkit.calibration.stream import Linear
 from quantkit.calibration.trials import EVERY, Trials, kind_of
-from quantkit.calibration.weights import CheckpointWeights
-from quantkit.checkpoint.reader import SourceFiles
-from quantkit.layouts import open_checkpoint
 
 ROWS, LENGTH = 2, 22
 
 
 def test_divergences_are_those_of_whole_models(tmp_path: Path) -> None:
     source = build(tmp_path / "source")
-    checkpoint = open_checkpoint(source)
-    architecture = find(checkpoint.config)
-    assert architecture is not None
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 250, (ROWS, LENGTH), generator=generator, dtype=torch.int32)
-    (tmp_path / "scratch").mkdir()
-    with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with streamed(source) as made:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
-        places = {p.name: p for layer in skeleton.inside for p in layer}
-        layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
-        kinds: dict[str, str] = {}
-        for x in linears_of(architecture, checkpoint.config, checkpoint.tensors):
-            if x.layer >= 0:
-                layers[x.layer][x.module] = Linear(places[f"{x.module}.weight"], x.transposed, x.expert)
-                kinds[x.module] = kind_of(x.module, x.layer)
+        layers = made.layers
+        kinds = {name: kind_of(name, index) for index, layer in enumerate(layers) for name in layer}
         others = {}
         for name in kinds:
             weight = model.get_submodule(name).weight.detach()
             others[name] = weight + 0.1 * torch.randn(weight.shape, generator=generator) * weight.std()
-        weights = CheckpointWeights(checkpoint, files)
-        with closing(Trials(skeleton, weights, ids, layers, kinds, tmp_path / "scratch", torch.float32)) as trials:
+        with closing(Trials(*made.parts, ids, layers, kinds, scratch, torch.float32)) as trials:
             assert not trials.kept(1)
             trials.begin(0)
             for index, layer in enumerate(layers):
