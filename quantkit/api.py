@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from quantkit import folder_card
 from quantkit.checkpoint.reader import read_json
-from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, human_bytes
-from quantkit.errors import OutputError, SourceError, UsageError, VerifyError
-from quantkit.evaluator import WINDOWS, Evaluation, Subject, Windows, evaluate_folder
+from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.evaluation import Evaluation
+from quantkit.evaluator import WINDOWS, Subject, Windows, evaluate_folder
+from quantkit.gates import Gates
 from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.job_memory import measuring_memory
@@ -23,11 +25,10 @@ from quantkit.measurement import ROWS, Losses, Measurement, allocated, check_fit
 from quantkit.measurer import Job
 from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
-from quantkit.output import COMMITS, check_place
+from quantkit.output import check_place
 from quantkit.patterns import matches
 from quantkit.planner import linears_to_mix, make_plan, source_tensors, tokens_for
 from quantkit.plans import Origin, Plan
-from quantkit.publication import FORMAT, render_from_manifest
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.restored import open_files, open_source
 from quantkit.runner import Outcome, execute
@@ -273,6 +274,9 @@ def evaluate(
     text: str,
     *,
     against: str | None = None,
+    max_ppl_increase: str | float | None = None,
+    max_kl: float | None = None,
+    record: bool = False,
     windows: Windows = WINDOWS,
     length: int | None = None,
     threads: int | None = None,
@@ -281,7 +285,10 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a model on a text, and how far it is from the model `against`; see `quantkit.evaluator` for the
     protocol and for what is raised. Models are folders, dense or quantized, or Hub ids. text: a .txt, .jsonl or
-    .parquet file or a Hub dataset. windows: how many are taken from its beginning, or "all"."""
+    .parquet file or a Hub dataset. windows: how many are taken from its beginning, or "all". max_ppl_increase ("3%" or
+    0.03), max_kl (nats a token): limits, judged in what is returned. record: write evaluation.json into a folder that
+    quantkit wrote, and its card anew."""
+    gates = Gates.parse(max_ppl_increase, max_kl)
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
     subject = Subject(open_checkpoint(place), origin.name)
@@ -290,9 +297,13 @@ def evaluate(
         commit, layout = _recorded(place, against)
         parent, origin = resolve(against, commit, quiet=console.quiet, prefer=layout)
         source = Subject(open_source(place, parent), origin.name)
-    return evaluate_folder(
-        subject, text, against=source, windows=windows, length=length, threads=threads, device=device, console=console
-    )
+    found = evaluate_folder(
+        subject, text, against=source, gates=gates, windows=windows, length=length, threads=threads, device=device,
+        console=console,
+    )  # fmt: skip
+    if record and is_local(str(folder)) and (place / "quantkit.json").is_file():
+        folder_card.record_evaluation(place, found, device, console)
+    return found
 
 
 def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:
@@ -310,17 +321,5 @@ def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:
 
 
 def rewrite_card(folder: str | Path) -> Path:
-    """Writes README.md of a finished folder again, from its manifest. Returns the path."""
-    folder = Path(folder)
-    if not (folder / "quantkit.json").is_file():
-        raise UsageError("the folder has no quantkit.json, so quantkit did not write it", where=str(folder))
-    manifest = read_json(folder / "quantkit.json")
-    config = next((read_json(folder / name) for name in COMMITS if (folder / name).exists()), {})
-    if manifest.get("format") != FORMAT:
-        raise SourceError(f"quantkit.json has format {manifest.get('format')!r}, this version knows {FORMAT}")
-    try:
-        text = render_from_manifest(manifest, config)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        raise VerifyError(f"quantkit.json is damaged: {e!r}", where=str(folder / "quantkit.json")) from None
-    write_file(folder / "README.md", text.encode())
-    return folder / "README.md"
+    """Writes README.md of a finished folder again, from its manifest and what was evaluated. Returns the path."""
+    return folder_card.rewrite_card(Path(folder))

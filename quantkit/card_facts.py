@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from quantkit.evaluation import Evaluation
 from quantkit.parent_card import ParentCard
 
 
@@ -115,5 +116,7 @@ class CardFacts:
     calibration: Mapping[str, Any] | None = None  # as in the manifest
     pruning: Pruning | None = None
     allocation: Mapping[str, Any] | None = None  # as in the manifest, of a method that mixes bits
+    evaluated: tuple[Evaluation, ...] = ()
+    plotted: bool = False  # there is a plot of the layers' errors
     solved: bool = True  # whether a calibrated method looked at what its errors do to outputs
     old_reference: bool = False  # for the reference program of 2023

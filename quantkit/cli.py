@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import click
 
-from quantkit.cli_text import outcome_text, plan_text, spread
+from quantkit.cli_text import evaluation_text, outcome_text, plan_text
 from quantkit.console import Console, table
-from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, VerifyError
+from quantkit.errors import GateError, Interrupted, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -359,6 +359,15 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
 )
 @click.option("--against", metavar="SRC", help="Also compare with this model, token by token.")
 @click.option(
+    "--max-ppl-increase", metavar="P%", help="Exit with 3 if perplexity rises by more, over that of --against."
+)
+@click.option("--max-kl", type=float, metavar="NATS", help="Exit with 3 if the KL divergence is more, nats a token.")
+@click.option(
+    "--record/--no-record",
+    default=True,
+    help="Whether to write evaluation.json into a folder of ours, and its card anew.",
+)
+@click.option(
     "--windows", metavar="N|all", default="12", show_default=True, help="Stretches of the text, from its beginning."
 )
 @click.option("--length", type=int, metavar="TOKENS", help="Of a window.  [default: 1024, or the context]")
@@ -368,23 +377,17 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
 def evaluate(folder: str, windows: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Perplexity of any folder on a text, one layer in memory; with --against, how far it is from its source."""
     from quantkit import api
+    from quantkit.gates import check as check_gates
 
     console = Console(json=as_json, quiet=quiet)
     found = api.evaluate(folder, windows=_windows(windows), console=console, **options)
-    rows = [
-        ("text", f"{found.text}, {found.windows:,} windows of {found.length:,} tokens"),
-        ("predicted", f"{found.tokens:,} tokens"),
-        ("loss", f"{found.loss:.5f}{spread(found.loss_error, '.5f')} nats a token"),
-        ("perplexity", f"{found.perplexity:.4f}{spread(found.perplexity_error, '.4f')}"),
-    ]
-    if (other := found.against) is not None:
-        rows += [
-            ("against", f"{other.name}, perplexity {other.perplexity:.4f}"),
-            ("increase", f"{other.increase:+.2%}{spread(other.increase_error, '.2%')}"),
-            ("KL divergence", f"{other.kl:.5f} nats a token, 99th percentile {other.kl_99:.4f}"),
-            ("same top token", f"{other.agreement:.2%}"),
-        ]
-    console.result(asdict(found), table(rows))
+    data = {**asdict(found), "passed": all(verdict.passed for verdict in found.gates)}
+    console.result(data, evaluation_text(found))
+    try:
+        check_gates(found.gates, folder)
+    except GateError as e:
+        Console(quiet=quiet).error(e)  # on stderr alone: stdout has its one result
+        sys.exit(e.exit_code)
 
 
 def _windows(given: str) -> int | Literal["all"]:

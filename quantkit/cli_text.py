@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from quantkit.console import human_bytes, table
 
 if TYPE_CHECKING:
+    from quantkit.evaluation import Evaluation
     from quantkit.plans import Plan
     from quantkit.runner import Outcome
 
@@ -87,6 +88,27 @@ def outcome_text(outcome: Outcome) -> str:
 def _zeros_text(zeros: int, before: int | None) -> str:
     sparse = f"; the source was sparse already, {before:,} of them were zero" if before and before > zeros / 100 else ""
     return f"{zeros:,} in the pruned layers{sparse}"
+
+
+def evaluation_text(found: Evaluation) -> str:
+    rows = [
+        ("text", f"{found.text}, {found.windows:,} windows of {found.length:,} tokens"),
+        ("predicted", f"{found.tokens:,} tokens"),
+        ("loss", f"{found.loss:.5f}{spread(found.loss_error, '.5f')} nats a token"),
+        ("perplexity", f"{found.perplexity:.4f}{spread(found.perplexity_error, '.4f')}"),
+    ]
+    if (other := found.against) is not None:
+        rows += [
+            ("against", f"{other.name}, perplexity {other.perplexity:.4f}"),
+            ("increase", f"{other.increase:+.2%}{spread(other.increase_error, '.2%')}"),
+            ("KL divergence", f"{other.kl:.5f} nats a token, 99th percentile {other.kl_99:.4f}"),
+            ("same top token", f"{other.agreement:.2%}"),
+        ]
+        if errors := other.layer_errors:
+            worst = max(range(len(errors)), key=errors.__getitem__)
+            rows.append(("furthest apart", f"behind layer {worst}: {errors[worst]:.2%} of the hidden state"))
+    rows += [("limit", verdict.text) for verdict in found.gates]
+    return table(rows)
 
 
 def spread(error: float | None, form: str) -> str:

@@ -8,6 +8,7 @@
     │   └── OutputError           2   the folder to write
     ├── RunError                  1   the run broke off (disk full, source changed under way); it can be resumed
     ├── VerifyError               3   a written folder is not what its manifest and plan say
+    ├── GateError                 3   an evaluated folder is further from its source than it may be
     └── Interrupted             130   Ctrl-C or SIGTERM; the same command resumes
 
 An error prints three lines: what is wrong, `in:` where, `hint:` what to type instead. A Python traceback is for
@@ -66,6 +67,10 @@ class RunError(QuantkitError):
 
 
 class VerifyError(QuantkitError):
+    exit_code = 3
+
+
+class GateError(QuantkitError):
     exit_code = 3
 
 

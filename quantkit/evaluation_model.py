@@ -78,26 +78,41 @@ class FolderModel:
                 self.hidden.write(i, row)
         give_back()
 
-    @torch.inference_mode()
-    def run(self, progress: Progress) -> None:
-        """The hidden states through all layers, in place. SourceError where one is not finite."""
+    @property
+    def layers(self) -> int:
+        return len(self.layer_bytes)
+
+    @property
+    def windows(self) -> int:
         assert self.hidden is not None
-        windows = self.hidden.shape[0]
-        for index, places in enumerate(self.skeleton.inside):
-            self.skeleton.fill(places, self.weights)
-            for window in range(windows):
-                before = self.hidden.read(window, self.skeleton.device)
-                after = self.skeleton.run(index, before, self.calls[index])
-                if not bool(torch.isfinite(after).all()):
-                    raise not_finite(f"layer {index} of the model gives", window, self.folder)
-                self.hidden.write(window, after)
-                progress.advance(share(self.layer_bytes[index], window, windows))
-            self.skeleton.clear(places)
-            give_back()
-            progress.unit(f"{self.name}, layer {index}", self.layer_bytes[index])
+        return self.hidden.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        assert self.hidden is not None
+        return self.hidden.shape[2]
+
+    @torch.inference_mode()
+    def run(self, index: int, progress: Progress) -> None:
+        """The hidden states through one layer, in place. SourceError where one is not finite."""
+        assert self.hidden is not None
+        windows = self.windows
+        places = self.skeleton.inside[index]
+        self.skeleton.fill(places, self.weights)
+        for window in range(windows):
+            before = self.hidden.read(window, self.skeleton.device)
+            after = self.skeleton.run(index, before, self.calls[index])
+            if not bool(torch.isfinite(after).all()):
+                raise not_finite(f"layer {index} of the model gives", window, self.folder)
+            self.hidden.write(window, after)
+            progress.advance(share(self.layer_bytes[index], window, windows))
+        self.skeleton.clear(places)
+        give_back()
+        progress.unit(f"{self.name}, layer {index}", self.layer_bytes[index])
 
     def states(self, window: int) -> torch.Tensor:
-        """[1, length, width] of what leaves the last layer."""
+        """[1, length, width] of what leaves the layer that was run last."""
         assert self.hidden is not None
         return self.hidden.read(window, self.skeleton.device)
 

@@ -25,7 +25,9 @@ import numpy.typing as npt
 from quantkit.checkpoint.system import cores
 from quantkit.console import Console, Progress
 from quantkit.errors import RunError, UsageError
+from quantkit.evaluation import Comparison, Evaluation
 from quantkit.evaluation_text import read_windows
+from quantkit.gates import NO_LIMITS, Gates
 from quantkit.layouts import Checkpoint
 
 if TYPE_CHECKING:
@@ -46,53 +48,12 @@ class Subject:
     name: str
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The folder beside another, over the same tokens.
-
-    perplexity: of the other. increase: of the folder's perplexity over it, relative; increase_error: its standard error
-    from the windows' differences, which is far smaller than that of either perplexity. None for a single window.
-    kl, kl_99: KL divergence of the folder's distribution from the other's, Σ p_other · log(p_other / p_folder), in nats
-    a token: the mean and the 99th percentile. agreement: how often both find the same token most likely, 0 … 1.
-    """
-
-    name: str
-    perplexity: float
-    increase: float
-    increase_error: float | None
-    kl: float
-    kl_99: float
-    agreement: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """text: the file's name, or the Hub dataset. text_sha256: of the file; tokens_sha256: of the ids, as
-    `calibration.data.Tokens` has it. tokens: how many were predicted, windows · (length - 1).
-
-    loss: their mean, in nats; loss_error: its standard error, from the spread of the windows' means. perplexity: exp of
-    the loss; perplexity_error: what loss_error means for it, to first order. Both errors are None for a single window.
-    """
-
-    folder: str
-    text: str
-    text_sha256: str
-    tokens_sha256: str
-    windows: int
-    length: int
-    tokens: int
-    loss: float
-    loss_error: float | None
-    perplexity: float
-    perplexity_error: float | None
-    against: Comparison | None
-
-
 def evaluate_folder(
     subject: Subject,
     text: str,
     *,
     against: Subject | None = None,
+    gates: Gates = NO_LIMITS,
     windows: Windows = WINDOWS,
     length: int | None = None,
     threads: int | None = None,
@@ -112,6 +73,8 @@ def evaluate_folder(
 
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} is no number of threads", hint="1 or more, or leave it out")
+    if gates.some and against is None:
+        raise UsageError("a limit needs something to be compared with", hint="name the source: --against SRC")
     with ExitStack() as stack:
         stack.enter_context(torch_settings(threads or cores()))
         subjects = [subject] if against is None else [subject, against]
@@ -129,7 +92,7 @@ def evaluate_folder(
         with console.progress(sum(model.work for model in models)) as progress:
             for model in models:
                 model.embed(ids, scratch)
-                model.run(progress)
+            layer_errors = _run(models, progress)
             losses, divergences, agreed = _predict(models, ids, progress)
     ours, error = _mean(losses[0].mean(axis=1))
     comparison = None
@@ -140,11 +103,13 @@ def evaluate_folder(
         comparison = Comparison(
             against.name, theirs, growth - 1, _times(change_error, growth),
             float(divergences.mean()), float(np.percentile(divergences, 99)), float(agreed.mean()),
+            layer_errors,
         )  # fmt: skip
     perplexity = _exp(ours, subject.name)
     return Evaluation(
         subject.name, tokens.name, tokens.text_sha256, tokens.sha256, len(ids), ids.shape[1], losses[0].size,
         ours, error, perplexity, _times(error, perplexity), comparison,
+        () if comparison is None else gates.judge(comparison),
     )  # fmt: skip
 
 
@@ -168,6 +133,30 @@ def _scratch() -> Iterator[Path]:
         ) from None
     with folder as name:
         yield Path(name)
+
+
+def _run(models: list[FolderModel], progress: Progress) -> tuple[float, ...]:
+    """All models through all of their layers; of two that are alike, how far they are apart behind each."""
+    alike = len(models) == 2 and len({(m.layers, m.width) for m in models}) == 1
+    found: list[float] = []
+    for index in range(max(model.layers for model in models)):
+        for model in models:
+            if index < model.layers:
+                model.run(index, progress)
+        if alike:
+            found.append(_apart(*models))
+    return tuple(found)
+
+
+def _apart(ours: FolderModel, theirs: FolderModel) -> float:
+    """‖ours - theirs‖₂ / ‖theirs‖₂ of what left the last layer that was run, the mean over all tokens."""
+    means = []
+    for window in range(ours.windows):
+        a, b = ours.states(window).float(), theirs.states(window).float()
+        size = b.norm(dim=-1)
+        far = (a - b).norm(dim=-1) / size.clamp_min(1e-30)
+        means.append(float(far.double().mean()))
+    return float(np.mean(means))
 
 
 def _predict(models: list[FolderModel], ids: torch.Tensor, progress: Progress) -> tuple[list[Losses], Any, Any]:

@@ -14,9 +14,11 @@ from quantkit.checkpoint.writer import PARTIAL
 from quantkit.errors import OutputError, SourceError
 from quantkit.layouts import Checkpoint
 from quantkit.plans import CARD, WEIGHTS, Plan
+from quantkit.plots import LAYERS
 
 PARTIALS = (".safetensors" + PARTIAL, ".pth" + PARTIAL)
 COMMITS = ("config.json", "params.json")  # written last, one or the other: see layouts.Target.config_file
+EVALUATION = "evaluation.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
@@ -145,7 +147,7 @@ def _ours(out: Path, plan: Plan, *, unfinished: bool) -> set[str]:
     weights among these only those of an unfinished run, for anybody's model may lie in a model.safetensors."""
     ours = {f.name for f in plan.files if unfinished or f.role != WEIGHTS}
     with suppress(SourceError, KeyError, TypeError):
-        ours |= {str(row["name"]) for row in read_json(out / "quantkit.json")["files"]}
+        ours |= {str(row["name"]) for row in read_json(out / "quantkit.json")["files"]} | {EVALUATION, LAYERS}
     partial = {n for n in _names(out) if n.startswith(("model", "consolidated")) and n.endswith(PARTIALS)}
     return ours | {name + PARTIAL for name in ours} | partial
 

@@ -9,10 +9,15 @@ import io
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 ALLOCATION = "allocation.png"
+LAYERS = "layers.png"
 INCHES, DPI = (10.0, 0.32), 100  # width of the figure, height of a row; dots per inch
 
 
@@ -48,6 +53,26 @@ def allocation_plot(linears: Sequence[tuple[int, str, float, int]]) -> bytes:
     axes.set_xlabel("layer")
     axes.set_title("bits per weight")
     figure.colorbar(image, ax=axes)
+    return _png(canvas)
+
+
+def layers_plot(errors: Sequence[float]) -> bytes:
+    """A PNG of relative errors behind each layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(INCHES[0], 3), dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.bar(range(len(errors)), [100 * error for error in errors], width=0.8)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("% of the hidden state")
+    axes.set_title("distance from the parent behind each layer")
+    axes.margins(x=0.01)
+    return _png(canvas)
+
+
+def _png(canvas: FigureCanvasAgg) -> bytes:
     found = io.BytesIO()
     canvas.print_png(found, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return found.getvalue()

@@ -19,6 +19,7 @@ from typing import Any
 from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
 from quantkit.card_facts import Pruning, SparsityRow
 from quantkit.errors import RunError
+from quantkit.evaluation import Evaluation
 from quantkit.layouts import Checkpoint, Target
 from quantkit.measurement import Allocated
 from quantkit.methods import find_method
@@ -322,8 +323,14 @@ def manifest_text(manifest: Mapping[str, Any], nbytes: int | None = None) -> byt
     return text.ljust((nbytes or 0) - 1) + b"\n"
 
 
-def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """README.md from the manifest and config.json."""
+def render_from_manifest(
+    manifest: Mapping[str, Any],
+    config: Mapping[str, Any],
+    evaluated: tuple[Evaluation, ...] = (),
+    *,
+    plotted: bool = False,
+) -> str:
+    """README.md from the manifest, config.json and what was evaluated; plotted: there is a plot of layers' errors."""
     source, method, result, parent = (manifest[k] for k in ("source", "method", "result", "parent"))
     card = manifest["recipe"]["card"]
     facts = CardFacts(
@@ -357,6 +364,8 @@ def render_from_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any])
         pruning=_pruning(manifest),
         solved=_solved(manifest["recipe"]),
         allocation=manifest.get("allocation"),
+        evaluated=evaluated,
+        plotted=plotted,
         nonfinite=(("pruned tensors" if method["bits"] is None else "quantized tensors", manifest["nonfinite"]),)
         if "nonfinite" in manifest
         else (),

@@ -16,12 +16,12 @@ from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorSpec
 from quantkit.checkpoint.reader import SourceFiles, elements, read_json
 from quantkit.checkpoint.views import SourceTensor, same_bytes
 from quantkit.console import Console, Progress
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, UsageError, VerifyError
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import SIDE_FILES
 from quantkit.memory import SLAB, slab_elements
 from quantkit.methods.base import Array, Selection, WeightSpec
-from quantkit.output import COMMITS, WEIGHT_SUFFIXES
+from quantkit.output import COMMITS, EVALUATION, WEIGHT_SUFFIXES
 from quantkit.packed import UNDECODABLE, Packed, decoded
 from quantkit.planner import target_of
 from quantkit.pruning import Prune
@@ -175,6 +175,7 @@ class _Check:
                 self.problems.append(f"{name}: {path.stat().st_size:,} bytes, the manifest says {size:,}")
             elif not quick and sha256_of(path) != digest:
                 self.problems.append(f"{name}: its SHA-256 is not the manifest's")
+        self._check_evaluation()
         if not (self.folder / "README.md").is_file():
             self.problems.append("README.md: missing; `quantkit card` writes it again")
         for path in sorted(self.folder.iterdir()):
@@ -184,6 +185,17 @@ class _Check:
             )
             if (loaded or path.name in COMMITS) and path.name not in listed:
                 self.problems.append(f"{path.name}: a stray file that the manifest does not list")
+
+    def _check_evaluation(self) -> None:
+        """What was evaluated, if anything was, is of these weights."""
+        if not (self.folder / EVALUATION).exists():
+            return
+        from quantkit.evaluation_record import read_record
+
+        try:
+            read_record(self.folder)
+        except VerifyError as e:
+            self.problems.append(f"{e.what}; {e.hint}")
 
     def _check_tensors(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize | None) -> list[_Row]:
         """Compares every header entry with what the manifest's tensors must have become; returns the rows that fit."""

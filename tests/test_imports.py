@@ -16,9 +16,10 @@ PACKAGE = Path(quantkit.__file__).parent
 LAYERS = (
     {"__init__", "__main__", "cli", "cli_text"},
     {"api"},
+    {"folder_card", "verifier"},
+    {"evaluation_record"},
     {
         "runner",
-        "verifier",
         "evaluator",
         "evaluation_model",
         "evaluation_text",
@@ -40,7 +41,7 @@ LAYERS = (
     {"layer_memory", "measurement"},
     {"pruners"},
     {"methods", "layouts", "derived_architecture", "modules", "pruning"},
-    {"architectures", "patterns", "plots", "tokenization", "solvers"},
+    {"architectures", "patterns", "evaluation", "gates", "plots", "tokenization", "solvers"},
     {"checkpoint"},
     {"kernels"},
     {"hub_errors"},
