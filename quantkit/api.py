@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from quantkit import folder_card
 from quantkit.checkpoint.reader import read_json
+from quantkit.comparer import Comparisons, check_comparison, compared, side_by_side, write_comparison
 from quantkit.console import Console, human_bytes
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation
@@ -304,6 +305,36 @@ def evaluate(
     if record and is_local(str(folder)) and (place / "quantkit.json").is_file():
         folder_card.record_evaluation(place, found, device, console)
     return found
+
+
+def compare(
+    folders: Sequence[str | Path],
+    text: str,
+    *,
+    against: str | None = None,
+    out: Path | None = None,
+    windows: Windows = WINDOWS,
+    length: int | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    console: Console = _QUIET,
+) -> Comparisons:
+    """Evaluates each folder as `evaluate` does, and puts them side by side. out: a folder for comparison.json,
+    comparison.md and, where matplotlib is there, comparison.png. Raises what `evaluate` raises; OutputError if they
+    cannot be written."""
+    if out is not None:
+        check_comparison(out)
+    rows = []
+    for folder in folders:
+        place, origin = resolve(str(folder), None, quiet=console.quiet)
+        options = {"against": against, "windows": windows, "length": length, "threads": threads, "device": device}
+        found = evaluate(folder, text, **options, console=console)  # type: ignore[arg-type]
+        nbytes = sum(file.nbytes for file in open_checkpoint(place).files)
+        rows.append(compared(place, origin.name, nbytes, found))
+    found_all = side_by_side(rows)
+    if out is not None:
+        write_comparison(found_all, out)
+    return found_all
 
 
 def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:

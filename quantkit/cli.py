@@ -4,53 +4,22 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from quantkit.cli_text import evaluation_text, outcome_text, plan_text
+from quantkit.cli_options import Bits, options, output_options
+from quantkit.cli_publish import COMMANDS
+from quantkit.cli_text import outcome_text, plan_text
 from quantkit.console import Console, table
-from quantkit.errors import GateError, Interrupted, QuantkitError, RunError, UsageError, VerifyError
+from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
     from quantkit.recipe import Recipe
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-_QUIET = click.option("--quiet", is_flag=True, help="No progress, no prose: warnings, errors and the result.")
-
-
-def _output_options(function: F) -> F:
-    return _JSON(_QUIET(function))
-
-
-def _options(*given: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for option in reversed(given):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-class _Bits(click.ParamType[Any]):
-    """A number; a whole one as an int."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        return int(number) if number.is_integer() else number
-
 
 _calibration_options = (
     click.option("--calib", metavar="TEXT", help="FILE.txt, .jsonl, .parquet or a Hub dataset to calibrate on."),
@@ -59,10 +28,10 @@ _calibration_options = (
     click.option("--calib-seed", type=int, help="Draw the rows; otherwise they are taken from the beginning."),
 )
 # Each is a key of the recipe.
-_quantize_options = _options(
+_quantize_options = options(
     click.option(
         "--bits",
-        type=_Bits(),
+        type=Bits(),
         help="Bits per weight: 4, 8; gptq, rtn: also 2, 3; any other is mixed.  [default: 4]",
     ),
     click.option("--method", help="bnb; gptq, exl2 (calibrated); rtn (rounding, in gptq's format).  [default: bnb]"),
@@ -88,7 +57,7 @@ _quantize_options = _options(
     click.option("--device", help="Where to compute: cpu or cuda.  [default: cpu]"),
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Quantize NaN and infinities as zero."),
 )
-_prune_options = _options(
+_prune_options = options(
     click.option("--sparsity", type=float, metavar="PART", help="Part of each linear's weights to prune: 0.02 is 2 %."),
     click.option("--pattern", metavar="N:M", help="Prune N of every M weights in a row: 2:4, 4:8."),
     click.option("--method", help="wanda, sparsegpt (both calibrated) or magnitude.  [default: wanda]"),
@@ -106,7 +75,7 @@ _prune_options = _options(
     click.option("--device", help="Where to compute: cpu or cuda.  [default: cpu]"),
     click.option("--allow-nonfinite", is_flag=True, default=None, help="Take NaN and infinities for zero."),
 )
-_convert_options = _options(
+_convert_options = options(
     click.option("--to", type=click.Choice(["hf", "mistral"]), help="Layout to write."),
     click.option(
         "--profile",
@@ -121,7 +90,7 @@ _convert_options = _options(
     click.option("--tokenizer/--no-tokenizer", default=None, help="Bring the tokenizer along, or not.  [default: yes]"),
     click.option("--check/--no-check", default=None, help="Map back and compare what was written.  [default: yes]"),
 )
-_common_options = _options(
+_common_options = options(
     click.option(
         "--shard-size",
         "--max-shard-size",
@@ -138,7 +107,7 @@ _common_options = _options(
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
 )
 _source = click.argument("source", required=False, metavar="SRC")
-_output = _options(
+_output = options(
     click.option("-o", "--output", "out", metavar="OUT", help="Folder to write."),
     click.option("--force", is_flag=True, help="Replace what an earlier run left in OUT."),
     click.option("--dry-run", is_flag=True, help="Only plan."),
@@ -208,7 +177,7 @@ def cli() -> None:
 @click.argument("source", metavar="SRC")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--sparsity", is_flag=True, help="Read all weights, and count the zeros.")
-@_output_options
+@output_options
 def inspect(source: str, revision: str | None, sparsity: bool, as_json: bool, quiet: bool) -> None:
     """Say what a checkpoint is: layout, architecture, sizes, sparsity, problems."""
     from quantkit import api
@@ -221,7 +190,7 @@ def inspect(source: str, revision: str | None, sparsity: bool, as_json: bool, qu
 @_source
 @_quantize_options
 @_common_options
-@_output_options
+@output_options
 def plan(as_json: bool, quiet: bool, **options: Any) -> None:
     """Say every byte that `quantize` would write, and the RAM it takes, without reading a weight."""
     _print_plan(_recipe(options), Console(json=as_json, quiet=quiet))
@@ -232,7 +201,7 @@ def plan(as_json: bool, quiet: bool, **options: Any) -> None:
 @_quantize_options
 @_common_options
 @_output
-@_output_options
+@output_options
 def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Quantize SRC into OUT. The same command resumes an interrupted run."""
     _plan_or_run(_recipe(options, "quantize"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
@@ -243,7 +212,7 @@ def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: 
 @_prune_options
 @_common_options
 @_output
-@_output_options
+@output_options
 def prune(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Set weights of SRC to zero, into OUT: a part of them, or N of every M. The same command resumes.
 
@@ -257,7 +226,7 @@ def prune(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any
 @_convert_options
 @_common_options
 @_output
-@_output_options
+@output_options
 def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Write SRC into OUT in another layout: Mistral's own (params.json) or Hugging Face's.
 
@@ -268,7 +237,7 @@ def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: A
 
 @cli.command()
 @_source
-@_options(
+@options(
     click.option("-o", "--output", "file", required=True, metavar="FILE", type=click.Path(path_type=Path)),
     click.option("--method", help="For which method: exl2, gptq.  [default: exl2]"),
     click.option("--group-size", type=int, help="gptq: 32, 64, 128 or -1 (a row).  [default: each linear chooses]"),
@@ -281,7 +250,7 @@ def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: A
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with these settings."),
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
 )
-@_output_options
+@output_options
 def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure what every linear of SRC loses in every mix of bits, for `quantize --method exl2 --measurement FILE`.
 
@@ -307,7 +276,7 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe.")
 @_output
-@_output_options
+@output_options
 def run(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Do what a recipe file says."""
     _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
@@ -317,7 +286,7 @@ def run(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) 
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--source", metavar="SRC", help="Also compare every tensor with what it was made from.")
 @click.option("--quick", is_flag=True, help="Headers and sizes only.")
-@_output_options
+@output_options
 def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: bool) -> None:
     """Prove a written folder; exit code 3 and a list if anything is wrong."""
     from quantkit import api
@@ -352,62 +321,8 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
         sys.exit(error.exit_code)
 
 
-@cli.command("eval")
-@click.argument("folder", metavar="FOLDER")
-@click.option(
-    "--text", required=True, metavar="FILE", help="Text to predict: .txt, .jsonl, .parquet, or a Hub dataset."
-)
-@click.option("--against", metavar="SRC", help="Also compare with this model, token by token.")
-@click.option(
-    "--max-ppl-increase", metavar="P%", help="Exit with 3 if perplexity rises by more, over that of --against."
-)
-@click.option("--max-kl", type=float, metavar="NATS", help="Exit with 3 if the KL divergence is more, nats a token.")
-@click.option(
-    "--record/--no-record",
-    default=True,
-    help="Whether to write evaluation.json into a folder of ours, and its card anew.",
-)
-@click.option(
-    "--windows", metavar="N|all", default="12", show_default=True, help="Stretches of the text, from its beginning."
-)
-@click.option("--length", type=int, metavar="TOKENS", help="Of a window.  [default: 1024, or the context]")
-@click.option("--threads", type=int, help="Threads that compute.  [default: all cores]")
-@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
-@_output_options
-def evaluate(folder: str, windows: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Perplexity of any folder on a text, one layer in memory; with --against, how far it is from its source."""
-    from quantkit import api
-    from quantkit.gates import check as check_gates
-
-    console = Console(json=as_json, quiet=quiet)
-    found = api.evaluate(folder, windows=_windows(windows), console=console, **options)
-    data = {**asdict(found), "passed": all(verdict.passed for verdict in found.gates)}
-    console.result(data, evaluation_text(found))
-    try:
-        check_gates(found.gates, folder)
-    except GateError as e:
-        Console(quiet=quiet).error(e)  # on stderr alone: stdout has its one result
-        sys.exit(e.exit_code)
-
-
-def _windows(given: str) -> int | Literal["all"]:
-    if given == "all":
-        return "all"
-    try:
-        return int(given)
-    except ValueError:
-        raise UsageError(f"--windows {given!r} is no number", hint="a number of windows, or all") from None
-
-
-@cli.command()
-@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
-@_output_options
-def card(folder: Path, as_json: bool, quiet: bool) -> None:
-    """Write README.md of a finished folder again, from its manifest."""
-    from quantkit import api
-
-    path = api.rewrite_card(folder)
-    Console(json=as_json, quiet=quiet).result({"card": str(path)}, str(path))
+for command in COMMANDS:
+    cli.add_command(command)
 
 
 def _print_plan(recipe: Recipe, console: Console) -> None:

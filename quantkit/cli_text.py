@@ -9,6 +9,7 @@ from quantkit.console import human_bytes, table
 if TYPE_CHECKING:
     from quantkit.evaluation import Evaluation
     from quantkit.plans import Plan
+    from quantkit.push import Pushed
     from quantkit.runner import Outcome
 
 
@@ -108,6 +109,21 @@ def evaluation_text(found: Evaluation) -> str:
             worst = max(range(len(errors)), key=errors.__getitem__)
             rows.append(("furthest apart", f"behind layer {worst}: {errors[worst]:.2%} of the hidden state"))
     rows += [("limit", verdict.text) for verdict in found.gates]
+    return table(rows)
+
+
+def pushed_text(found: Pushed) -> str:
+    files = f"{len(found.files):,}, {human_bytes(found.nbytes)}"
+    if not found.commit:
+        return table([("repository", found.repo_id), ("would hold", files), *(("", name) for name in found.files)])
+    rows = [
+        ("repository", found.repo_id),
+        ("files", files),
+        ("sent", human_bytes(found.sent)),
+        *([("deleted", ", ".join(found.deleted))] if found.deleted else []),
+        ("commit", found.commit),
+        ("url", found.url),
+    ]
     return table(rows)
 
 

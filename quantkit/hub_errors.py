@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
 )
 
-from quantkit.errors import QuantkitError, SourceError
+from quantkit.errors import QuantkitError, RunError, SourceError, UsageError
 
-__all__ = ["HTTPError", "explained"]
+__all__ = ["HTTPError", "explain_push", "explained"]
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, as somebody who has access"
 
@@ -62,3 +63,47 @@ def _explain(e: Exception, source: str, revision: str | None) -> SourceError:
     else:
         what, where, hint = "could not be fetched from the Hub", f"{where}: {first}", "type the same command again"
     return SourceError(f"{source!r} {what}", where=where, hint=hint)
+
+
+_QUOTA = re.compile(r"quota|storage|payment|billing|plan\b|too large", re.IGNORECASE)
+
+
+def explain_push(e: Exception, repo_id: str) -> QuantkitError:
+    """What went wrong while a folder was uploaded to `repo_id`."""
+    while isinstance(e, RuntimeError) and isinstance(e.__cause__, Exception):
+        e = e.__cause__  # of one of the threads that upload
+    status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
+    said = _said(e)
+    again = "the same command sends only what is missing"
+    if status == 401:
+        return UsageError("the Hub does not accept the token", where=repo_id, hint=_LOG_IN)
+    if status == 402 or (status in (None, 400, 403, 413, 422) and not isinstance(e, HTTPError) and _QUOTA.search(said)):
+        return _full(said, repo_id)
+    if isinstance(e, HfHubHTTPError) and status in (400, 403, 413, 422) and _QUOTA.search(said):
+        return _full(said, repo_id)
+    if status == 403 or isinstance(e, RepositoryNotFoundError):
+        return UsageError(
+            f"the token may not write to {repo_id!r}", where=said,
+            hint="name a repository of yours, or use a token with write access to it",
+        )  # fmt: skip
+    if status in (409, 412):
+        return RunError("the repository changed meanwhile; nothing was committed", where=repo_id, hint=again)
+    if isinstance(e, HTTPError) and status is None:
+        return RunError(
+            f"the connection to the Hub failed; nothing was committed: {said}", where=constants.ENDPOINT, hint=again
+        )
+    return RunError(f"the Hub did not take the folder; nothing was committed: {said}", where=repo_id, hint=again)
+
+
+def _full(said: str, repo_id: str) -> RunError:
+    return RunError(
+        f"the Hub has no room for it; nothing was committed: {said}", where=repo_id,
+        hint="make room, or a larger plan; then the same command sends only what is missing",
+    )  # fmt: skip
+
+
+def _said(e: Exception) -> str:
+    """The server's own words, or the exception's first line; without what looks like a token."""
+    words = getattr(e, "server_message", None) or ""
+    lines = [line.strip() for line in str(words or e).split("\n") if line.strip()]
+    return re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_…", " ".join(lines)[:300] or type(e).__name__)

@@ -72,6 +72,27 @@ def layers_plot(errors: Sequence[float]) -> bytes:
     return _png(canvas)
 
 
+def sizes_plot(points: Sequence[tuple[str, int, float]], parent: float | None, quality: str) -> bytes:
+    """A PNG of named folders: bytes of their weights against `quality`, that of the parent as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(INCHES[0], 5), dpi=DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    sizes, values = [nbytes / 1e6 for _, nbytes, _ in points], [value for _, _, value in points]
+    axes.scatter(sizes, values)
+    for (name, _, value), size in zip(points, sizes, strict=True):
+        # A dollar sign would begin a formula.
+        axes.annotate(name.replace("$", r"\$"), (size, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    if parent is not None:
+        axes.axhline(parent, linestyle="--", linewidth=1, color="grey")
+    axes.set_xlabel("MB of weights")
+    axes.set_ylabel(quality)
+    axes.margins(0.12)
+    return _png(canvas)
+
+
 def _png(canvas: FigureCanvasAgg) -> bytes:
     found = io.BytesIO()
     canvas.print_png(found, metadata={"Software": None})  # type: ignore[no-untyped-call]

@@ -14,9 +14,9 @@ PACKAGE = Path(quantkit.__file__).parent
 
 # Top first. A name stands for a module or for a whole folder.
 LAYERS = (
-    {"__init__", "__main__", "cli", "cli_text"},
-    {"api"},
-    {"folder_card", "verifier"},
+    {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_text"},
+    {"api", "doctor", "push"},
+    {"folder_card", "comparer", "verifier"},
     {"evaluation_record"},
     {
         "runner",

@@ -1,0 +1,39 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+QUIET = click.option("--quiet", is_flag=True, help="No progress, no prose: warnings, errors and the result.")
+
+
+def output_options(function: F) -> F:
+    return JSON(QUIET(function))
+
+
+def options(*given: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(given):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+class Bits(click.ParamType[Any]):
+    """A number; a whole one as an int."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return int(number) if number.is_integer() else number

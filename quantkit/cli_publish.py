@@ -1,0 +1,126 @@
+"""The commands around a finished folder: judged, compared, described, published."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from quantkit.cli_options import options, output_options
+from quantkit.cli_text import evaluation_text, pushed_text
+from quantkit.console import Console
+from quantkit.errors import GateError, UsageError, VerifyError
+
+protocol_options = options(
+    click.option(
+        "--windows", metavar="N|all", default="12", show_default=True, help="Stretches of the text, from its beginning."
+    ),
+    click.option("--length", type=int, metavar="TOKENS", help="Of a window.  [default: 1024, or the context]"),
+    click.option("--threads", type=int, help="Threads that compute.  [default: all cores]"),
+    click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
+)
+
+
+@click.command("eval")
+@click.argument("folder", metavar="FOLDER")
+@click.option(
+    "--text", required=True, metavar="FILE", help="Text to predict: .txt, .jsonl, .parquet, or a Hub dataset."
+)
+@click.option("--against", metavar="SRC", help="Also compare with this model, token by token.")
+@click.option(
+    "--max-ppl-increase", metavar="P%", help="Exit with 3 if perplexity rises by more, over that of --against."
+)
+@click.option("--max-kl", type=float, metavar="NATS", help="Exit with 3 if the KL divergence is more, nats a token.")
+@click.option(
+    "--record/--no-record",
+    default=True,
+    help="Whether to write evaluation.json into a folder of ours, and its card anew.",
+)
+@protocol_options
+@output_options
+def evaluate(folder: str, windows: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Perplexity of any folder on a text, one layer in memory; with --against, how far it is from its source."""
+    from quantkit import api
+    from quantkit.gates import check as check_gates
+
+    console = Console(json=as_json, quiet=quiet)
+    found = api.evaluate(folder, windows=_windows(windows), console=console, **given)
+    data = {**asdict(found), "passed": all(verdict.passed for verdict in found.gates)}
+    console.result(data, evaluation_text(found))
+    try:
+        check_gates(found.gates, folder)
+    except GateError as e:
+        Console(quiet=quiet).error(e)  # on stderr alone: stdout has its one result
+        sys.exit(e.exit_code)
+
+
+@click.command()
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True)
+@click.option("--text", required=True, metavar="FILE", help="Text to predict, as for eval.")
+@click.option("--against", metavar="SRC", help="Their parent: also how far each is from it.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the comparison as JSON, table and plot.")
+@protocol_options
+@output_options
+def compare(folders: tuple[str, ...], windows: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Several folders of one parent side by side: size against perplexity, and KL divergence with --against."""
+    from quantkit import api
+    from quantkit.comparer import comparison_text
+
+    found = api.compare(folders, windows=_windows(windows), console=Console(json=as_json, quiet=quiet), **given)
+    Console(json=as_json, quiet=quiet).result(found.to_json(), comparison_text(found))
+
+
+def _windows(given: str) -> int | Literal["all"]:
+    if given == "all":
+        return "all"
+    try:
+        return int(given)
+    except ValueError:
+        raise UsageError(f"--windows {given!r} is no number", hint="a number of windows, or all") from None
+
+
+@click.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@output_options
+def card(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Write README.md of a finished folder again, from its manifest."""
+    from quantkit import api
+
+    path = api.rewrite_card(folder)
+    Console(json=as_json, quiet=quiet).result({"card": str(path)}, str(path))
+
+
+@click.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="REPO_ID")
+@click.option("--private", is_flag=True, help="Make the repository private, if it has to be made.")
+@click.option("--revision", metavar="BRANCH", help="Push to this branch, which is made if need be.  [default: main]")
+@click.option("--replace", is_flag=True, help="Delete what else the repository holds, in the same commit.")
+@click.option("--ungated", is_flag=True, help="Push what no limit of `quantkit eval` was kept for.")
+@click.option("--dry-run", is_flag=True, help="Prove and judge the folder, list what would go up, and stop.")
+@output_options
+def push(folder: Path, repo_id: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Upload a finished folder to the Hub: verified, judged, in one commit, and compared with what arrived."""
+    from quantkit.push import push_folder
+
+    console = Console(json=as_json, quiet=quiet)
+    found = push_folder(folder, repo_id, console=console, **given)
+    console.result(asdict(found), pushed_text(found))
+
+
+@click.command()
+@output_options
+def doctor(as_json: bool, quiet: bool) -> None:
+    """What is installed and what each extra would add, versions that do not go together, and what this machine has."""
+    from quantkit.doctor import diagnose, diagnosis_text
+
+    found = diagnose()
+    Console(json=as_json, quiet=quiet).result(found.to_json(), diagnosis_text(found))
+    if found.problems:
+        sys.exit(VerifyError.exit_code)
+
+
+COMMANDS = (evaluate, compare, card, push, doctor)

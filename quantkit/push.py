@@ -1,0 +1,253 @@
+"""A finished folder as a repository on the Hub: proved and judged, then uploaded, committed at once, and compared.
+
+Large files go up one after the other; what the Hub has already is not sent again, so the same command goes on where a
+push broke off. A repository shows nothing of them before the one commit at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint.reader import read_json
+from quantkit.console import Console
+from quantkit.errors import (
+    GateError,
+    Interrupted,
+    OutputError,
+    RunError,
+    UsageError,
+    VerifyError,
+)
+from quantkit.evaluation_record import gated, read_record
+from quantkit.folder_card import README
+from quantkit.front_matter import validate_front_matter
+from quantkit.output import EVALUATION
+from quantkit.parent_card import read_parent_card
+from quantkit.plots import LAYERS
+from quantkit.verifier import sha256_of, verify_folder
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+ATTRIBUTES = ".gitattributes"
+# Files of these names are large by their nature; the Hub keeps whatever else is beyond 10 MB so, too.
+LARGE = ("*.safetensors", "*.bin", "*.pth", "*.model", "*.png")
+LARGEST_IN_GIT = 10_000_000
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """url: of the commit. files, nbytes: of what is in it; sent: bytes that were uploaded now. commit is empty for a
+    dry run."""
+
+    repo_id: str
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    nbytes: int
+    sent: int
+    deleted: tuple[str, ...]
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    replace: bool = False,
+    ungated: bool = False,
+    dry_run: bool = False,
+    console: Console,
+) -> Pushed:
+    """Uploads a folder that quantkit wrote, and nothing that lies beside its files.
+
+    replace: a repository that holds another model becomes this one: its other files are deleted in the same commit.
+    ungated: whether no limits have to have been set and kept by `quantkit eval`.
+
+    Raises VerifyError for a folder that is not sound, GateError for one that was not judged, or judged bad; UsageError
+    for an id, a token or a right that is missing; OutputError for a repository that holds something else; RunError if
+    the Hub or the way there fails: then the same command goes on.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise UsageError(f"{repo_id!r} is no id of a repository", hint="name it org/model") from None
+    files = _proved(folder, ungated=ungated, console=console)
+    attributes = _attributes(files)
+    names = (*sorted(files), ATTRIBUTES)
+    total = sum(path.stat().st_size for path in files.values()) + len(attributes)
+    if dry_run:
+        return Pushed(repo_id, "", "", names, total, 0, ())
+    with _explained(repo_id):
+        api = _api()
+        return _upload(api, files, attributes, repo_id, private, revision, replace, console)
+
+
+def _proved(folder: Path, *, ungated: bool, console: Console) -> dict[str, Path]:
+    """The files to publish by name, once the folder is found sound and good enough."""
+    found = verify_folder(folder, None, quick=False, console=console)
+    if found.problems:
+        raise VerifyError(
+            f"the folder is not sound: {found.problems[0]}", where=str(folder),
+            hint="see `quantkit verify`, and write the folder again with --force",
+        )  # fmt: skip
+    entries = read_record(folder)
+    if not ungated and not gated(entries):
+        judged = any(entry["gates"] for entry in entries)
+        raise GateError(
+            "a limit was not kept when it was evaluated" if judged else "the folder was not judged by any limit",
+            where=str(folder / EVALUATION),
+            hint="run `quantkit eval OUT --text FILE --against SRC --max-kl X`, or push it with --ungated",
+        )  # fmt: skip
+    card = read_parent_card((folder / README).read_text())  # it may have been written to by hand
+    problems = list(card.problems) or validate_front_matter(card.metadata)
+    if problems:
+        raise VerifyError(
+            f"the card's front matter would be refused: {problems[0]}", where=str(folder / README),
+            hint="mend it, or write the card anew with `quantkit card`",
+        )  # fmt: skip
+    listed = [str(row["name"]) for row in read_json(folder / "quantkit.json")["files"]]
+    names = [*listed, "quantkit.json", README, *(n for n in (EVALUATION, LAYERS) if (folder / n).is_file())]
+    return {name: folder / name for name in names}
+
+
+def _attributes(files: Mapping[str, Path]) -> bytes:
+    """.gitattributes: what git keeps as a pointer to large storage. By kind, and by name for what is large besides."""
+    patterns = list(LARGE)
+    for name, path in sorted(files.items()):
+        if path.stat().st_size > LARGEST_IN_GIT and not any(Path(name).match(pattern) for pattern in LARGE):
+            patterns.append(name)
+    return "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in patterns).encode()
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi, get_token
+
+    token = get_token()  # its own file, or HF_TOKEN; never printed
+    if token is None:
+        raise UsageError("there is no token for the Hub", hint="log in with `hf auth login`, or set HF_TOKEN")
+    return HfApi(token=token)
+
+
+def _upload(
+    api: HfApi,
+    files: Mapping[str, Path],
+    attributes: bytes,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    replace: bool,
+    console: Console,
+) -> Pushed:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = _remote(api, repo_id, revision)
+    foreign = sorted(before.keys() - files.keys() - {ATTRIBUTES})
+    others = "quantkit.json" not in before and before.keys() - {ATTRIBUTES, README}
+    if (foreign or others) and not replace:
+        raise OutputError(
+            f"the repository holds other files ({', '.join((foreign or sorted(before))[:3])})", where=repo_id,
+            hint="name another repository, or make it this model with --replace: they are deleted then",
+        )  # fmt: skip
+    wanted = {name: _Content.of_file(path) for name, path in files.items()}
+    wanted[ATTRIBUTES] = _Content.of_bytes(attributes)
+    changed = [name for name in wanted if name not in before or not wanted[name].is_at(before[name])]
+    additions = [
+        CommitOperationAdd(name, attributes if name == ATTRIBUTES else str(files[name])) for name in changed
+    ]  # fmt: skip
+    sent = sum(wanted[name].nbytes for name in changed)
+    # The smallest first: what is refused is refused before the weights go.
+    additions.sort(key=lambda add: wanted[add.path_in_repo].nbytes)
+    with console.progress(sent) as progress:
+        for addition in additions:
+            api.preupload_lfs_files(repo_id, [addition], revision=revision, free_memory=False)
+            nbytes = wanted[addition.path_in_repo].nbytes
+            progress.advance(nbytes)
+            progress.unit(addition.path_in_repo, nbytes)
+    operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in foreign)]
+    head = api.repo_info(repo_id, revision=revision).sha
+    if operations:
+        made = api.create_commit(
+            repo_id, operations, commit_message=f"quantkit push: {len(wanted)} files", revision=revision,
+            parent_commit=head,
+        )  # fmt: skip
+        commit, url = str(made.oid), str(made.commit_url)
+    else:
+        commit, url = str(head), f"{api.endpoint}/{repo_id}/commit/{head}"
+    _compare(_remote(api, repo_id, commit), wanted, repo_id)
+    nbytes = sum(content.nbytes for content in wanted.values())
+    return Pushed(repo_id, url, commit, tuple(sorted(wanted)), nbytes, sent, tuple(foreign))
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A file by its size and its sums: SHA-256, which large storage goes by, and git's own of the bytes in it."""
+
+    nbytes: int
+    sha256: str
+    blob: str
+
+    @classmethod
+    def of_file(cls, path: Path) -> _Content:
+        size = path.stat().st_size
+        if size > LARGEST_IN_GIT:
+            return cls(size, sha256_of(path), "")
+        return cls.of_bytes(path.read_bytes())
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> _Content:
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        return cls(len(data), hashlib.sha256(data).hexdigest(), blob)
+
+    def is_at(self, remote: Any) -> bool:
+        """Whether a file of the Hub's listing is this one."""
+        if remote.lfs is not None:
+            return bool(remote.lfs.sha256 == self.sha256)
+        return bool(remote.blob_id == self.blob)
+
+
+def _remote(api: HfApi, repo_id: str, revision: str | None) -> dict[str, Any]:
+    """Files of a repository by path, as the Hub lists them."""
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _compare(found: Mapping[str, Any], wanted: Mapping[str, _Content], repo_id: str) -> None:
+    """RunError if what was committed is not what lies here."""
+    wrong = [name for name, content in wanted.items() if name not in found or not content.is_at(found[name])]
+    wrong += sorted(found.keys() - wanted.keys())
+    if wrong:
+        raise RunError(
+            f"{wrong[0]} is not on the Hub what it is here", where=repo_id,
+            hint="somebody else wrote to the repository, or the upload was damaged: type the same command again",
+        )  # fmt: skip
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    from quantkit.hub_errors import explain_push
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; nothing was committed", where=repo_id, hint="the same command sends only what is missing"
+        ) from None
+    except (UsageError, OutputError, RunError):
+        raise
+    except Exception as e:
+        raise explain_push(e, repo_id) from None
