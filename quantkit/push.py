@@ -87,9 +87,8 @@ def push_folder(
     total = sum(path.stat().st_size for path in files.values()) + len(attributes)
     if dry_run:
         return Pushed(repo_id, "", "", names, total, 0, ())
-    with _explained(repo_id):
-        api = _api()
-        return _upload(api, files, attributes, repo_id, private, revision, replace, console)
+    with _explained(repo_id), _no_other_bars():
+        return _upload(_api(), files, attributes, repo_id, private, revision, replace, console)
 
 
 def _proved(folder: Path, *, ungated: bool, console: Console) -> dict[str, Path]:
@@ -235,6 +234,24 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, _Content], repo_id: 
             f"{wrong[0]} is not on the Hub what it is here", where=repo_id,
             hint="somebody else wrote to the repository, or the upload was damaged: type the same command again",
         )  # fmt: skip
+
+
+@contextmanager
+def _no_other_bars() -> Iterator[None]:
+    """huggingface_hub shows none of its own meanwhile."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 @contextmanager
