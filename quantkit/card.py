@@ -156,12 +156,21 @@ def render_card(facts: CardFacts) -> str:
         has_tokenizer=any("token" in row.name or row.name == "tekken.json" for row in facts.files),
         pickled=any(row.name.endswith(".pth") for row in facts.files),
         length=_Markdown(f" --max-model-len {facts.context}" if type(facts.context) is int else ""),
+        language=_language(facts),
         source_bits=8 * facts.source_bytes / facts.parameters if facts.parameters else None,
         percent=_percent,
         count=_count,
         sha256=_sum,
         papers=_papers(facts.tags),
     )
+
+
+def _language(facts: CardFacts) -> str:
+    """Of the summary: what the recipe says, or the one language that the parent names, if there is a template in it."""
+    if facts.language is not None:
+        return facts.language
+    named = {str(code).lower().split("-")[0] for code in listed(facts.parent.metadata.get("language", []))}
+    return named.pop() if named in ({"fr"}, {"ja"}) else "en"
 
 
 def _papers(tags: Iterable[str]) -> list[tuple[str, str]]:

@@ -116,6 +116,7 @@ class CardFacts:
     calibration: Mapping[str, Any] | None = None  # as in the manifest
     pruning: Pruning | None = None
     allocation: Mapping[str, Any] | None = None  # as in the manifest, of a method that mixes bits
+    language: str | None = None  # as in the recipe
     evaluated: tuple[Evaluation, ...] = ()
     plotted: bool = False  # there is a plot of the layers' errors
     solved: bool = True  # whether a calibrated method looked at what its errors do to outputs

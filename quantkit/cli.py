@@ -103,6 +103,11 @@ _common_options = options(
     click.option("--rope-theta", type=float, help="Base of the rotary embedding, if params.json has none."),
     click.option("--context", type=int, metavar="TOKENS", help="Longest sequence, if params.json does not say it."),
     click.option("--text-only", is_flag=True, default=None, help="Leave the vision part out."),
+    click.option(
+        "--language",
+        type=click.Choice(["en", "fr", "ja"]),
+        help="Of the card's summary, before its English text.  [default: the parent's, if it names one alone]",
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with these settings."),
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe."),
 )
@@ -149,6 +154,7 @@ def _recipe(options: dict[str, Any], verb: Literal["quantize", "convert", "prune
         "rope_theta": "native.rope_theta",
         "context": "native.context",
         "text_only": "native.text_only",
+        "language": "card.language",
         "shard_size": "shard_size",
         "allow_nonfinite": "allow_nonfinite",
         "max_memory": "resources.max_memory",

@@ -346,6 +346,7 @@ def render_from_manifest(
         revision=source["revision"],
         license=card["license"],
         quantized_by=card["quantized_by"],
+        language=card.get("language"),
         parent=ParentCard(parent["metadata"], parent["body"], parent["origin"], tuple(parent["problems"])),
         method_title=method["title"],
         bits=method["bits"],

@@ -97,11 +97,13 @@ class Native(_Block):
 
 
 class Card(_Block):
-    """`card:`, what only the publisher knows."""
+    """`card:`, what only the publisher knows. language: a summary in it stands before the English text; None is that of
+    the parent, if its card names one of these alone."""
 
     base_model: str | None = None
     license: str | None = None
     quantized_by: str | None = None
+    language: Literal["en", "fr", "ja"] | None = None
 
 
 class Resources(_Block):

@@ -117,6 +117,7 @@ def facts(parent: str | None = APACHE, **changes: Any) -> CardFacts:
         recipe_yaml="method: nf4\nblock_size: 64\n",
         versions=(("quantkit", "0.1.0"), ("numpy", "2.4.6")),
         plan_hash="ab" * 32,
+        language="en",
     )
     return dataclasses.replace(base, **changes)
 
@@ -635,3 +636,18 @@ def test_real_cards() -> None:
         text = render(path.read_text(encoding="utf-8"))
         assert_sound(text)
         assert "Downloads last month" not in text
+
+
+@pytest.mark.parametrize(("named", "asked", "heading"), [
+    ("fr", None, "## En bref, en français"), (["fr"], None, "## En bref, en français"),
+    ("ja", None, "## 日本語での概要"),
+    (["fr", "en"], None, ""), ("de", None, ""), (None, None, ""), ("fr", "en", ""), ("en", "ja", "## 日本語での概要"),
+    ("fr", "ja", "## 日本語での概要"),
+])  # fmt: skip
+def test_language_of_the_summary(named: Any, asked: str | None, heading: str) -> None:
+    block = yaml.safe_dump({"license": "apache-2.0", **({"language": named} if named else {})})
+    text = render(f"---\n{block}---\n# Parent\n", language=asked)
+    headings = [line for line in text.splitlines() if line in ("## En bref, en français", "## 日本語での概要")]
+    assert headings == ([heading] if heading else [])
+    assert "No training took place." in text, "the English text is whole in any case"
+    assert_sound(text, 10 if heading else 9)

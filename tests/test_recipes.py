@@ -1,45 +1,209 @@
-"""Every recipe that we publish is valid, and can be planned on a small model."""
+"""Every recipe that we publish: end to end on a small model of its kind, and planned at full size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from accelerate import init_empty_weights
+from eval_models import build, quiet_transformers, text_of
+from huggingface_hub import ModelCard
 from oracle.native_models import make_native
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantkit.api import plan_recipe
-from quantkit.recipe import load_recipe
+import quantkit
+from quantkit import api
+from quantkit.front_matter import validate_front_matter
+from quantkit.recipe import Recipe, load_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-MODEL = {"smollm2": "llama", "bloomz": "bloom", "claire": "falcon", "mistral": "mistral", "mixtral": "mixtral",
-         "llama": "llama"}  # fmt: skip
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A small model of a recipe's kind. loader: who loads what is made of it here: transformers itself, quantkit.load,
+    or nobody; loaders of GPTQ and EXL2 have environments of their own, see tests/interop. licence: of the parent."""
+
+    kind: str
+    loader: str = "transformers"
+    licence: str = "apache-2.0"
+    language: str = "en"
+    changes: dict[str, Any] = field(default_factory=dict)
+    bits: tuple[float, float] | None = None  # of the quantized linears; small layers carry their tables, 1.3 kB each
+    heading: str = ""
+
+
+FRENCH, JAPANESE = "## En bref, en français", "## 日本語での概要"
+TWINS = {
+    "bloomz-560m-sft-chat-bnb-4bit": Twin(
+        "bloom", licence="bigscience-bloom-rail-1.0", language="fr", bits=(4.1, 8), heading=FRENCH
+    ),
+    "claire-7b-apache-bnb-4bit": Twin("falcon", "quantkit", language="fr", bits=(4.1, 8), heading=FRENCH),
+    "claire-mistral-7b-exl2-4.0": Twin(
+        "mistral", "nobody", licence="cc-by-nc-sa-4.0", language="fr", bits=(3.5, 4.0), heading=FRENCH
+    ),
+    "llama-2-7b-sparsity": Twin("llama", licence="llama2"),
+    "llama-3-8b-gptq4": Twin("llama", "nobody", licence="llama3", bits=(4.1, 6)),
+    "mistral-7b-instruct-v0.2-wanda-2pct": Twin("mistral", heading=JAPANESE),
+    "mistral-7b-v0.1-from-mistral-src": Twin("native", bits=(4.1, 8)),
+    "mistral-7b-v0.3-to-mistral-src": Twin("mistral", "nobody"),
+    "mistral-nemo-base-2407-to-hf": Twin("native"),
+    "mixtral-8x7b-wanda-2of4-gptq4": Twin("mixtral", "nobody", bits=(4.1, 7)),
+    "qwen3-8b-gptq-mixed-3.5": Twin("qwen3", "nobody", bits=(3.0, 3.5)),
+    "smollm2-135m-instruct-bnb-4bit": Twin("llama", bits=(4.1, 8)),
+}
+
+
+def test_every_recipe_has_a_twin_and_says_what_it_makes() -> None:
+    assert {path.stem for path in RECIPES} == TWINS.keys()
+    for path in RECIPES:
+        assert path.read_text().startswith("# ")
+
+
+def source_of(twin: Twin, work: Path) -> Path:
+    if twin.kind == "native":
+        return make_native(work / "source", hidden_dim=128)
+    source = build(work / "source", twin.kind, **twin.changes)
+    card = {"license": twin.licence, "language": twin.language}
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n# Parent\n\nA model.\n")
+    return source
+
+
+def small(path: Path, source: Path, text: Path) -> Recipe:
+    """The recipe, with a source, a text and sizes that a small model can take."""
+    written = path.read_text()
+    options: dict[str, Any] = {"source": str(source)}
+    if "\nconvert:" in written:
+        options["convert.tokenizer"] = False  # the small models have none of that kind
+    if "\ncalibration:" in written:
+        options |= {"calibration.length": 32, "calibration.samples": 16, "calibration.text": str(text)}
+    if "group_size:" in written:
+        options["quantize.group_size"] = 32
+    return load_recipe(path, options=options)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_plans(path: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    native = "to-hf" in path.stem
-    kind = "mistral" if "mistral-7b" in path.stem else MODEL[path.stem.split("-")[0]]
-    source = make_native(tmp_path / "native") if native else tiny(kind)
+def test_recipe_end_to_end(path: Path, tmp_path: Path) -> None:
+    """Planned, run, verified against its source, evaluated, loaded, and its card read by the Hub's own reader."""
+    twin, text, out = TWINS[path.stem], tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(text_of(3000))
+    with quiet_transformers():
+        source = source_of(twin, tmp_path)
+        recipe = small(path, source, text)
+        assert recipe.output
+        recipe = recipe.model_copy(update={"output": str(out)})
+        made = api.run_recipe(recipe)
+        assert made.units
+        found = quantkit.verify(out, source=str(source))
+        assert found.problems == ()
+        manifest = json.loads((out / "quantkit.json").read_text())
+        bits = manifest["result"]["bits_per_weight"]
+        assert (bits is None) == (twin.bits is None)
+        if twin.bits is not None:
+            assert twin.bits[0] < bits <= twin.bits[1]
+        if twin.kind != "native" and manifest["result"]["layout"] == "hf":
+            judged = quantkit.evaluate(
+                out, str(text), against=str(source), windows=4, length=32, max_kl=50.0, record=True
+            )
+            assert judged.against is not None
+            assert judged.against.kl > 0
+        loads(twin, out)
+    card = (out / "README.md").read_text()
+    assert validate_front_matter(ModelCard(card).data.to_dict()) == []
+    if twin.kind != "native":
+        assert f"license: {twin.licence}" in card
+    for heading in (FRENCH, JAPANESE):
+        assert (heading in card.splitlines()) == (heading == twin.heading)
+
+
+def loads(twin: Twin, out: Path) -> None:
+    """Three tokens from the folder, by who is to load it."""
+    if twin.loader == "nobody":
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's programs
+        model: Any = quantkit.load(out) if twin.loader == "quantkit" else AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.tensor([[5, 6, 7]])
+    if (out / "tokenizer.json").exists():
+        ids = AutoTokenizer.from_pretrained(out)("a red b", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert torch.isfinite(logits).all()
+
+
+# Published configurations, and how many parameters they have.
+FULL: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "mistral-7b-instruct-v0.2-wanda-2pct": ("mistral", 7_241_732_096, {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768,
+    }),
+    "claire-7b-apache-bnb-4bit": ("falcon", 6_921_720_704, {
+        "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024,
+        "multi_query": True, "new_decoder_architecture": False, "parallel_attn": True, "bias": False,
+    }),
+    "bloomz-560m-sft-chat-bnb-4bit": ("bloom", 559_214_592, {
+        "hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880,
+    }),
+    "llama-3-8b-gptq4": ("llama", 8_030_261_248, {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 8192,
+    }),
+    "qwen3-8b-gptq-mixed-3.5": ("qwen3", 8_190_735_360, {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40960,
+    }),
+}  # fmt: skip
+
+
+def full_size(folder: Path, kind: str, config: dict[str, Any]) -> Path:
+    """A folder of that configuration with an index and no weights: what of a model is known before it is fetched."""
+    folder.mkdir()
+    made = AutoConfig.for_model(kind, dtype="bfloat16", **config)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    tied = set(model.all_tied_weights_keys)
+    tensors = {name: t for name, t in model.state_dict().items() if name not in tied}
+    (folder / "config.json").write_text(json.dumps(made.to_dict()))
+    index = {
+        "metadata": {"total_size": sum(2 * t.numel() for t in tensors.values())},
+        "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors"),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    tokenizer = build(folder.parent / "tokens")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_plan_at_full_size(name: str, tmp_path: Path) -> None:
+    kind, parameters, config = FULL[name]
+    text = tmp_path / "text.txt"
+    text.write_text(text_of(40_000) * 2)
+    source = full_size(tmp_path / "source", kind, config)
     options: dict[str, Any] = {"source": str(source)}
-    if "-to-" in path.stem:
-        options["convert.tokenizer"] = False  # the small models have none of that kind
-    if "calibration:" in path.read_text():  # rows that the small models can take
-        options |= {"calibration.length": 32, "calibration.samples": 2}
-    if "gptq" in path.stem:
-        options["quantize.group_size"] = 32
-    recipe = load_recipe(path, options=options)
-    plan, _ = plan_recipe(recipe)
-    assert recipe.output
-    assert path.read_text().startswith("# ")
-    if recipe.prune is not None:
-        assert plan.pruned
-        assert plan.streams
-        assert (plan.bits_per_weight is not None) == ("gptq" in path.stem)
-    elif plan.bits_per_weight is None:
-        assert plan.layout == ("hf" if native else "mistral")
-    elif "exl2" in path.stem:
-        assert 3.5 < plan.bits_per_weight <= 4
-    else:
-        assert 4.1 < plan.bits_per_weight < 8  # small layers carry their tables, 1.3 kB each
+    if "\ncalibration:" in (FOLDER / f"{name}.yaml").read_text():
+        options |= {"calibration.text": str(text), "calibration.samples": 4, "calibration.length": 512}
+    job, _ = api.plan_recipe(load_recipe(FOLDER / f"{name}.yaml", options=options))
+    assert job.parameters == parameters
+    linears = sum(u.source.numel for u in job.units if u.linear is not None)
+    if kind == "mistral":
+        assert linears == 6_979_321_856
+        assert job.to_prune == (138_346_496, 6_979_321_856)
+        quantized, _ = api.plan_recipe(load_recipe(None, options={"source": str(source), "quantize.bits": 4}))
+        assert quantized.weight_bytes == pytest.approx(4.13e9, rel=2e-3)
+    elif kind == "bloom":
+        assert 1 - linears / job.parameters == pytest.approx(0.46, abs=0.005)
+        assert job.weight_bytes == pytest.approx(0.68e9, rel=0.02)
+    elif name == "llama-3-8b-gptq4":
+        assert job.bits_per_weight == pytest.approx(4.156, abs=0.01)
+    elif name.startswith("qwen"):
+        assert job.bits_per_weight is not None
+        assert job.bits_per_weight <= 3.5
