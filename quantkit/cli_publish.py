@@ -84,13 +84,17 @@ def _windows(given: str) -> int | Literal["all"]:
 
 @click.command()
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--preview", type=click.Path(path_type=Path), metavar="FILE.html", help="Leave the card alone; show it as a page."
+)
 @output_options
-def card(folder: Path, as_json: bool, quiet: bool) -> None:
-    """Write README.md of a finished folder again, from its manifest."""
+def card(folder: Path, preview: Path | None, as_json: bool, quiet: bool) -> None:
+    """Write README.md of a finished folder again, from its manifest; or, with --preview, make an HTML page of it."""
     from quantkit import api
+    from quantkit.preview import write_preview
 
-    path = api.rewrite_card(folder)
-    Console(json=as_json, quiet=quiet).result({"card": str(path)}, str(path))
+    path = api.rewrite_card(folder) if preview is None else write_preview(folder, preview)
+    Console(json=as_json, quiet=quiet).result({"card" if preview is None else "preview": str(path)}, str(path))
 
 
 @click.command()

@@ -17,7 +17,7 @@ from quantkit.planner import CONTEXTS
 from quantkit.restored import RestoredWeights, open_files
 from quantkit.torch_setup import give_back
 
-CHUNK = 2**22  # logits of a model held at once: 16 MiB, whatever the vocabulary
+CHUNK = 2**24  # logits of a model held at once: 64 MiB, whatever the vocabulary; the head is gone through once for each
 FLOAT = 4
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from eval_models import build, quiet_transformers, text_of
+from safetensors.torch import load_file, save_file
 from upload_server import TOKEN, Store, serving
 
 import quantkit
 
+SCRIPT = Path(__file__).parents[1] / "docs" / "ci" / "publish.sh"
 ID = "me/llama-bnb-4bit"
 
 
@@ -238,3 +240,24 @@ def test_a_folder_that_is_not_ours(hub: Store, published: Path) -> None:
     done = push(hub, published.parent / "source")
     assert done.returncode == 2
     assert "no quantkit.json" in done.stderr
+
+
+def test_the_script_for_ci(hub: Store, tmp_path: Path) -> None:
+    """docs/ci/publish.sh as it is: published, or stopped by a limit before anything is uploaded."""
+    with quiet_transformers():
+        source = build(tmp_path / "source", hidden_size=128, intermediate_size=256)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] *= 8  # a model that is sure of what it says
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for name in ("text.txt", "calib.txt"):
+        (tmp_path / name).write_text(text_of(6000) * 5)
+    binary = Path(sys.executable).parent
+    env = environment(hub, tmp_path / "hf")
+    env["PATH"] = f"{binary}:{env['PATH']}"
+    for repo, bits, code in (("me/eight", "8", 0), ("me/two", "2", 3)):
+        options = ["--method", "gptq", "--bits", bits, "--group-size", "32", "--calib-length", "64"]
+        words = ["sh", str(SCRIPT), str(source), repo, "text.txt", "calib.txt", *options]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert (repo in hub.heads) == (code == 0)
+        assert (tmp_path / repo.rpartition("/")[2] / "evaluation.json").exists()
