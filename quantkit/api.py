@@ -15,7 +15,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.comparer import Comparisons, check_comparison, compared, side_by_side, write_comparison
 from quantkit.console import Console, human_bytes
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.evaluation import Evaluation
+from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluator import WINDOWS, Subject, Windows, evaluate_folder
 from quantkit.gates import Gates
 from quantkit.hub import expand, is_local, resolve
@@ -304,6 +304,32 @@ def evaluate(
     )  # fmt: skip
     if record and is_local(str(folder)) and (place / "quantkit.json").is_file():
         folder_card.record_evaluation(place, found, device, console)
+    return found
+
+
+def evaluate_tasks(
+    folder: str | Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    include: Path | None = None,
+    record: bool = False,
+    threads: int | None = None,
+    device: str = "cpu",
+    console: Console = _QUIET,
+) -> tuple[TaskScore, ...]:
+    """Scores of lm-evaluation-harness's tasks; see `quantkit.harness`. record: as `evaluate` does."""
+    from quantkit.harness import evaluate_tasks as run
+
+    _check_device(device)
+    place, origin = resolve(str(folder), None, quiet=console.quiet)
+    found = run(
+        open_checkpoint(place), origin.name, tasks, limit=limit, shots=shots, include=include, device=device,
+        threads=threads, console=console,
+    )  # fmt: skip
+    if record and is_local(str(folder)) and (place / "quantkit.json").is_file():
+        folder_card.record_scores(place, found, console)
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quantkit.evaluation import Evaluation
+from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.parent_card import ParentCard
 
 
@@ -118,6 +118,7 @@ class CardFacts:
     allocation: Mapping[str, Any] | None = None  # as in the manifest, of a method that mixes bits
     language: str | None = None  # as in the recipe
     evaluated: tuple[Evaluation, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
     plotted: bool = False  # there is a plot of the layers' errors
     solved: bool = True  # whether a calibrated method looked at what its errors do to outputs
     old_reference: bool = False  # for the reference program of 2023

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from quantkit.cli_options import options, output_options
-from quantkit.cli_text import evaluation_text, pushed_text
+from quantkit.cli_text import evaluation_text, pushed_text, scores_text
 from quantkit.console import Console
 from quantkit.errors import GateError, UsageError, VerifyError
 
@@ -26,9 +26,7 @@ protocol_options = options(
 
 @click.command("eval")
 @click.argument("folder", metavar="FOLDER")
-@click.option(
-    "--text", required=True, metavar="FILE", help="Text to predict: .txt, .jsonl, .parquet, or a Hub dataset."
-)
+@click.option("--text", metavar="FILE", help="Text to predict: .txt, .jsonl, .parquet, or a Hub dataset.")
 @click.option("--against", metavar="SRC", help="Also compare with this model, token by token.")
 @click.option(
     "--max-ppl-increase", metavar="P%", help="Exit with 3 if perplexity rises by more, over that of --against."
@@ -39,14 +37,44 @@ protocol_options = options(
     default=True,
     help="Whether to write evaluation.json into a folder of ours, and its card anew.",
 )
+@click.option("--lm-eval", "tasks", metavar="TASKS", help="In place of a text: tasks of lm-evaluation-harness, a,b,c.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Of --lm-eval: N texts of each task.")
+@click.option("--shots", type=click.IntRange(0), metavar="N", help="Of --lm-eval: N examples ahead of each text.")
+@click.option("--include", type=click.Path(path_type=Path), metavar="DIR", help="Of --lm-eval: tasks of one's own.")
 @protocol_options
 @output_options
-def evaluate(folder: str, windows: str, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Perplexity of any folder on a text, one layer in memory; with --against, how far it is from its source."""
+def evaluate(
+    folder: str,
+    windows: str,
+    tasks: str | None,
+    limit: int | None,
+    shots: int | None,
+    include: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Perplexity of any folder on a text, one layer in memory; with --against, how far it is from its source.
+
+    Or, with --lm-eval, its scores in tasks of lm-evaluation-harness.
+    """
     from quantkit import api
     from quantkit.gates import check as check_gates
 
     console = Console(json=as_json, quiet=quiet)
+    if (tasks is None) == (given["text"] is None):
+        raise UsageError("what is it to be evaluated on?", hint="name one of --text FILE and --lm-eval TASKS")
+    if tasks is not None:
+        if unfit := [key for key in ("against", "max_ppl_increase", "max_kl", "length") if given[key] is not None]:
+            raise UsageError(f"--{unfit[0].replace('_', '-')} is for --text", hint="leave it out")
+        own = {key: given[key] for key in ("record", "threads", "device")}
+        scores = api.evaluate_tasks(
+            folder, tasks.split(","), limit=limit, shots=shots, include=include, console=console, **own
+        )
+        console.result({"folder": folder, "tasks": [asdict(score) for score in scores]}, scores_text(scores))
+        return
+    if unfit := [key for key, value in (("limit", limit), ("shots", shots), ("include", include)) if value is not None]:
+        raise UsageError(f"--{unfit[0]} is for --lm-eval", hint="leave it out")
     found = api.evaluate(folder, windows=_windows(windows), console=console, **given)
     data = {**asdict(found), "passed": all(verdict.passed for verdict in found.gates)}
     console.result(data, evaluation_text(found))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.console import human_bytes, table
 
 if TYPE_CHECKING:
-    from quantkit.evaluation import Evaluation
+    from quantkit.evaluation import Evaluation, TaskScore
     from quantkit.plans import Plan
     from quantkit.push import Pushed
     from quantkit.runner import Outcome
@@ -110,6 +111,14 @@ def evaluation_text(found: Evaluation) -> str:
             rows.append(("furthest apart", f"behind layer {worst}: {errors[worst]:.2%} of the hidden state"))
     rows += [("limit", verdict.text) for verdict in found.gates]
     return table(rows)
+
+
+def scores_text(scores: Sequence[TaskScore]) -> str:
+    rows = [
+        (s.task, s.metric, f"{s.value:.4f}{spread(s.error, '.4f')}", "" if s.samples is None else f"{s.samples:,}")
+        for s in scores
+    ]
+    return table(rows, header=("task", "metric", "value", "texts"), right=(3,))
 
 
 def pushed_text(found: Pushed) -> str:

@@ -26,6 +26,7 @@ Installed = Callable[[str], str | None]  # a distribution's version, None if it 
 EXTRAS = {
     "calibration": "calibration and evaluation texts in Parquet files, as most data sets of the Hub are",
     "plot": "figures on cards and of comparisons",
+    "tasks": "lm-evaluation-harness on any folder",
     "preview": "cards as HTML pages",
     "demo": "the small real model of `make demo`",
 }

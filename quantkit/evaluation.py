@@ -73,3 +73,17 @@ class Evaluation:
     perplexity_error: float | None
     against: Comparison | None
     gates: tuple[Verdict, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What lm-evaluation-harness found. metric: as the harness calls it, with its filter if that does anything. error:
+    its standard error; samples: how many texts; shots: examples ahead of each; harness: its version."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    samples: int | None
+    shots: int | None
+    harness: str

@@ -66,6 +66,8 @@ class FolderModel:
         """Token ids [windows, length] → hidden states in a file without a name: it is gone with the process."""
         with self.skeleton.embedded(self.weights, ids) as (rows, self.calls):
             first = next(rows)
+            if self.hidden is not None:
+                self.hidden.close()
             self.hidden = HiddenStates(scratch / "hidden", len(ids), ids.shape[1], first.shape[-1])
             self.hidden.path.unlink()
             if (free := shutil.disk_usage(scratch).free) < self.hidden.nbytes:

@@ -1,15 +1,16 @@
 """evaluation.json: what `quantkit eval` found of a folder, in the folder.
 
 It names the manifest that it belongs to, by its SHA-256, so that nothing measured on other weights is taken for these.
-One entry a protocol (text, windows, length, what it was compared with): to evaluate again replaces it.
+One entry a protocol (text, windows, length, what it was compared with), and one a task of lm-evaluation-harness: to
+evaluate again replaces it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,58 +20,95 @@ from pydantic import TypeAdapter, ValidationError
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
 from quantkit.errors import SourceError, VerifyError
-from quantkit.evaluation import Evaluation
+from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.output import EVALUATION as FILE
 from quantkit.version import __version__
 
 FORMAT = 1
 LIBRARIES = ("torch", "transformers")
-_EVALUATION = TypeAdapter(Evaluation)
+_EVALUATION, _SCORE = TypeAdapter(Evaluation), TypeAdapter(TaskScore)
 
 
-def read_record(folder: Path) -> list[dict[str, Any]]:
-    """What was recorded of the folder as it is, in the order in which it was; empty if nothing was. VerifyError for a
-    file that is damaged, or that belongs to another result."""
-    path = folder / FILE
-    if not path.is_file():
-        return []
-    hint = "run `quantkit eval` again, or remove the file"
-    try:
-        found = read_json(path)
-        if found.get("format") != FORMAT:
-            raise ValueError(f"format {found.get('format')!r}, this version knows {FORMAT}")
-        entries = [dict(entry) for entry in found["evaluations"]]
-        for entry in entries:
-            _evaluation(entry)
-            {**entry["versions"]}
-    except (SourceError, ValidationError, ValueError, KeyError, TypeError) as e:
-        why = e.what if isinstance(e, SourceError) else repr(e).partition("\n")[0]
-        raise VerifyError(f"{FILE} is damaged: {why}", where=str(path), hint=hint) from None
-    if found.get("manifest_sha256") != _manifest(folder):
-        raise VerifyError(f"{FILE} belongs to another result than quantkit.json", where=str(path), hint=hint)
-    return entries
+@dataclass(frozen=True)
+class Record:
+    """Evaluations, in the order in which they were made, and tasks."""
+
+    evaluations: tuple[Evaluation, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
+
+    @property
+    def judged(self) -> bool:
+        """Whether limits were set."""
+        return any(found.gates for found in self.evaluations)
+
+    @property
+    def passed(self) -> bool:
+        """Whether limits were set, and all of them kept."""
+        return self.judged and all(verdict.passed for found in self.evaluations for verdict in found.gates)
 
 
-def write_record(folder: Path, found: Evaluation, device: str) -> None:
+def read_record(folder: Path) -> Record:
+    """What was recorded of the folder as it is; empty if nothing was. VerifyError for a file that is damaged, or that
+    belongs to another result."""
+    table = _read(folder)
+    return Record(tuple(map(_evaluation, table["evaluations"])), tuple(map(_score, table["tasks"])))
+
+
+def write_evaluation(folder: Path, found: Evaluation, device: str) -> None:
     """Adds an evaluation to the folder's record, in place of one by the same protocol."""
-    try:
-        entries = read_record(folder)
-    except VerifyError:  # of what was here before
-        entries = []
     entry = {
         **{key: value for key, value in asdict(found).items() if key != "folder"},
         "device": device,
         "versions": {"quantkit": __version__, **{name: version(name) for name in LIBRARIES}},
     }
-    kept = [e for e in entries if _protocol(e) != _protocol(entry)]
-    table = {"format": FORMAT, "manifest_sha256": _manifest(folder), "evaluations": [*kept, entry]}
-    write_file(folder / FILE, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+    table = _kept(folder)
+    table["evaluations"] = [e for e in table["evaluations"] if _protocol(e) != _protocol(entry)] + [entry]
+    _write(folder, table)
 
 
-def gated(entries: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether limits were set, and all of them kept."""
-    verdicts = [verdict for entry in entries for verdict in _evaluation(entry).gates]
-    return bool(verdicts) and all(verdict.passed for verdict in verdicts)
+def write_scores(folder: Path, scores: Sequence[TaskScore]) -> None:
+    """Adds scores to the folder's record, in place of those of the same tasks with as many examples."""
+    table = _kept(folder)
+    new = {(score.task, score.shots) for score in scores}
+    kept = [row for row in table["tasks"] if (row["task"], row["shots"]) not in new]
+    table["tasks"] = kept + [asdict(score) for score in scores]
+    _write(folder, table)
+
+
+def _read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    path = folder / FILE
+    if not path.is_file():
+        return {"evaluations": [], "tasks": []}
+    hint = "run `quantkit eval` again, or remove the file"
+    try:
+        found = read_json(path)
+        if found.get("format") != FORMAT:
+            raise ValueError(f"format {found.get('format')!r}, this version knows {FORMAT}")
+        table = {key: [dict(row) for row in found[key]] for key in ("evaluations", "tasks")}
+        for entry in table["evaluations"]:
+            _evaluation(entry)
+            {**entry["versions"]}
+        for row in table["tasks"]:
+            _score(row)
+    except (SourceError, ValidationError, ValueError, KeyError, TypeError) as e:
+        why = e.what if isinstance(e, SourceError) else repr(e).partition("\n")[0]
+        raise VerifyError(f"{FILE} is damaged: {why}", where=str(path), hint=hint) from None
+    if found.get("manifest_sha256") != _manifest(folder):
+        raise VerifyError(f"{FILE} belongs to another result than quantkit.json", where=str(path), hint=hint)
+    return table
+
+
+def _kept(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What of the record stays when something is added."""
+    try:
+        return _read(folder)
+    except VerifyError:  # of what was here before
+        return {"evaluations": [], "tasks": []}
+
+
+def _write(folder: Path, table: Mapping[str, Any]) -> None:
+    whole = {"format": FORMAT, "manifest_sha256": _manifest(folder), **table}
+    write_file(folder / FILE, (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
@@ -78,8 +116,8 @@ def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
     return _EVALUATION.validate_python({"folder": "", **own})
 
 
-def evaluations(entries: Iterable[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
-    return tuple(map(_evaluation, entries))
+def _score(row: Mapping[str, Any]) -> TaskScore:
+    return _SCORE.validate_python(row)
 
 
 def _protocol(entry: Mapping[str, Any]) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 from quantkit.card import CardFacts, ErrorRow, FileRow, render_card
 from quantkit.card_facts import Pruning, SparsityRow
 from quantkit.errors import RunError
-from quantkit.evaluation import Evaluation
+from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.layouts import Checkpoint, Target
 from quantkit.measurement import Allocated
 from quantkit.methods import find_method
@@ -327,6 +327,7 @@ def render_from_manifest(
     manifest: Mapping[str, Any],
     config: Mapping[str, Any],
     evaluated: tuple[Evaluation, ...] = (),
+    tasks: tuple[TaskScore, ...] = (),
     *,
     plotted: bool = False,
 ) -> str:
@@ -366,6 +367,7 @@ def render_from_manifest(
         solved=_solved(manifest["recipe"]),
         allocation=manifest.get("allocation"),
         evaluated=evaluated,
+        tasks=tasks,
         plotted=plotted,
         nonfinite=(("pruned tensors" if method["bits"] is None else "quantized tensors", manifest["nonfinite"]),)
         if "nonfinite" in manifest

@@ -23,7 +23,7 @@ from quantkit.errors import (
     UsageError,
     VerifyError,
 )
-from quantkit.evaluation_record import gated, read_record
+from quantkit.evaluation_record import read_record
 from quantkit.folder_card import README
 from quantkit.front_matter import validate_front_matter
 from quantkit.output import EVALUATION
@@ -99,11 +99,10 @@ def _proved(folder: Path, *, ungated: bool, console: Console) -> dict[str, Path]
             f"the folder is not sound: {found.problems[0]}", where=str(folder),
             hint="see `quantkit verify`, and write the folder again with --force",
         )  # fmt: skip
-    entries = read_record(folder)
-    if not ungated and not gated(entries):
-        judged = any(entry["gates"] for entry in entries)
+    record = read_record(folder)
+    if not ungated and not record.passed:
         raise GateError(
-            "a limit was not kept when it was evaluated" if judged else "the folder was not judged by any limit",
+            "a limit was not kept when it was evaluated" if record.judged else "the folder was not judged by any limit",
             where=str(folder / EVALUATION),
             hint="run `quantkit eval OUT --text FILE --against SRC --max-kl X`, or push it with --ungated",
         )  # fmt: skip

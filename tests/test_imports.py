@@ -21,6 +21,7 @@ LAYERS = (
     {
         "runner",
         "evaluator",
+        "harness",
         "evaluation_model",
         "evaluation_text",
         "inspector",
