@@ -21,6 +21,7 @@ from quantkit.recipe import Recipe
 
 WEIGHTS, INDEX, CONFIG, MANIFEST, CARD = "weights", "index", "config", "manifest", "card"
 COPY, GENERATED = "copy", "generated"
+MEASURING = 5  # passes over the source
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,11 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """How often the source is read: to copy and hash it, and layer by layer to calibrate, once or twice."""
-        if self.tokens is None:
-            return 1
-        return 3 if self.recipe.prune is not None and self.recipe.prune.owl else 2
+        """How often the source is read: to copy and hash it; layer by layer to calibrate, once or twice; and, where
+        what linears lose is still to be measured, for its sum, forward, back, for losses and for trials."""
+        calibrated = 0 if not self.streams else 2 if self.recipe.prune is not None and self.recipe.prune.owl else 1
+        measured = MEASURING if self.allocation is not None and self.allocation.assumed else 0
+        return 1 + calibrated + measured
 
     @property
     def scratch(self) -> int:
