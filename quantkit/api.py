@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 from quantkit import folder_card
 from quantkit.checkpoint.reader import read_json
-from quantkit.comparer import Comparisons, check_comparison, compared, side_by_side, write_comparison
+from quantkit.comparer import (
+    Compared,
+    Comparisons,
+    check_comparison,
+    check_tokens,
+    compared,
+    names_of,
+    side_by_side,
+    write_comparison,
+)
 from quantkit.console import Console, human_bytes
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation, TaskScore
@@ -292,17 +301,25 @@ def evaluate(
     gates = Gates.parse(max_ppl_increase, max_kl)
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
+    record = record and is_local(str(folder)) and (place / "quantkit.json").is_file()
+    if record:
+        folder_card.check_place(place)
     subject = Subject(open_checkpoint(place), origin.name)
-    source = None
+    source, is_source = None, None
     if against is not None:
         commit, layout = _recorded(place, against)
         parent, origin = resolve(against, commit, quiet=console.quiet, prefer=layout)
         source = Subject(open_source(place, parent), origin.name)
+        is_source = folder_card.is_source(place, source.checkpoint)
+        if is_source is False:
+            console.warn(f"{origin.name} is not what {subject.name} was made from: no limit counts for a publication")
     found = evaluate_folder(
         subject, text, against=source, gates=gates, windows=windows, length=length, threads=threads, device=device,
         console=console,
     )  # fmt: skip
-    if record and is_local(str(folder)) and (place / "quantkit.json").is_file():
+    if found.against is not None:
+        found = replace(found, against=replace(found.against, is_source=is_source))
+    if record:
         folder_card.record_evaluation(place, found, device, console)
     return found
 
@@ -324,11 +341,14 @@ def evaluate_tasks(
 
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
+    record = record and is_local(str(folder)) and (place / "quantkit.json").is_file()
+    if record:
+        folder_card.check_place(place)
     found = run(
         open_checkpoint(place), origin.name, tasks, limit=limit, shots=shots, include=include, device=device,
         threads=threads, console=console,
     )  # fmt: skip
-    if record and is_local(str(folder)) and (place / "quantkit.json").is_file():
+    if record:
         folder_card.record_scores(place, found, console)
     return found
 
@@ -350,13 +370,14 @@ def compare(
     cannot be written."""
     if out is not None:
         check_comparison(out)
-    rows = []
-    for folder in folders:
-        place, origin = resolve(str(folder), None, quiet=console.quiet)
+    rows: list[Compared] = []
+    for folder, name in zip(folders, names_of(folders), strict=True):
+        place, _ = resolve(str(folder), None, quiet=console.quiet)
         options = {"against": against, "windows": windows, "length": length, "threads": threads, "device": device}
         found = evaluate(folder, text, **options, console=console)  # type: ignore[arg-type]
         nbytes = sum(file.nbytes for file in open_checkpoint(place).files)
-        rows.append(compared(place, origin.name, nbytes, found))
+        rows.append(compared(place, name, nbytes, found))
+        check_tokens(rows)
     found_all = side_by_side(rows)
     if out is not None:
         write_comparison(found_all, out)

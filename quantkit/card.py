@@ -189,7 +189,7 @@ def _template(name: str) -> jinja2.Template:
         keep_trailing_newline=True,
         autoescape=False,  # that is for HTML; `finalize` escapes for Markdown
     )
-    environment.filters.update(code=_code, codes=_codes, listing=_listing, size=_size, big=_big)
+    environment.filters.update(code=_code, codes=_codes, listing=_listing, size=_size, big=_big, french=_french)
     return environment.get_template(f"{name}.md.j2")
 
 
@@ -238,6 +238,14 @@ def _size(nbytes: int) -> str:
         if nbytes >= 1000**power:
             return f"{nbytes / 1000**power:.2f} {unit}"
     return f"{nbytes} bytes"
+
+
+def _french(text: str) -> _Markdown:
+    """Numbers and sizes as they are written in French. A number has as many bytes as before, so no thin space."""
+    found = str(text).replace(",", " ").replace(".", ",")
+    for unit, word in (("bytes", "octets"), ("kB", "ko"), ("MB", "Mo"), ("GB", "Go"), ("TB", "To")):
+        found = found.replace(unit, word)
+    return _Markdown(found)
 
 
 def _big(number: int) -> str:

@@ -319,9 +319,13 @@ def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: 
     rows.append(("result", what if found.problems else "sound"))
     console.result({"sound": not found.problems, **asdict(found)}, table(rows))
     if found.problems:
-        hint = "write the folder again with --force"
-        if source is not None:
-            hint += ", unless --source is not what it was made from"
+        beside = ("README.md", "evaluation.json", "layers.png")
+        if all(problem.startswith(beside) for problem in found.problems):
+            hint = "mend what lies beside the weights, as each problem says"
+        else:
+            hint = "write the folder again with --force"
+            if source is not None:
+                hint += ", unless --source is not what it was made from"
         error = VerifyError(f"{what} found", where=str(folder), hint=hint)
         Console(quiet=quiet).error(error)  # on stderr alone: stdout has its one result, and the problems in it
         sys.exit(error.exit_code)

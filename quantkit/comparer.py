@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_error, write_file
-from quantkit.console import human_bytes, table
-from quantkit.errors import OutputError, SourceError
+from quantkit.console import human_bytes, printable, table
+from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation
 from quantkit.plots import can_plot, sizes_plot
 
@@ -39,6 +40,26 @@ class Comparisons:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def names_of(folders: Sequence[str | Path]) -> list[str]:
+    """What each is called: its last part, or as it was given if another has that. UsageError for one named twice."""
+    places = [os.path.realpath(folder) for folder in folders]
+    if len(set(places)) < len(places):
+        twice = next(str(f) for f, place in zip(folders, places, strict=True) if places.count(place) > 1)
+        raise UsageError("a folder is named twice", where=twice, hint="name every folder once")
+    last = [Path(place).name if Path(place).exists() else str(f) for f, place in zip(folders, places, strict=True)]
+    return [name if last.count(name) == 1 else str(f) for f, name in zip(folders, last, strict=True)]
+
+
+def check_tokens(rows: Sequence[Compared]) -> None:
+    """UsageError if the last of them made other tokens of the text than the first: perplexities say nothing then."""
+    first, last = rows[0], rows[-1]
+    if first.evaluation.tokens_sha256 != last.evaluation.tokens_sha256:
+        raise UsageError(
+            f"{first.name} and {last.name} make other tokens of this text", where=last.name,
+            hint="compare folders of one parent: their tokenizers are the same",
+        )  # fmt: skip
 
 
 def compared(folder: Path, name: str, weight_bytes: int, evaluation: Evaluation) -> Compared:
@@ -94,7 +115,7 @@ def comparison_markdown(found: Comparisons) -> str:
     """A table for a card or a page; names are code, so nothing in them is markup."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|" + "---:|" * 6]
     for row in found.rows:
-        name, method, *rest = (cell.replace("|", "\\|") for cell in _cells(row))
+        name, method, *rest = (printable(cell).replace("|", "\\|") for cell in _cells(row))
         lines.append("| " + " | ".join((f"`{name}`", method, *rest)) + " |")
     first = found.rows[0].evaluation
     note = f"Text: `{first.text}`, {first.windows:,} windows of {first.length:,} tokens (SHA-256 `{first.text_sha256}`)"
@@ -105,6 +126,9 @@ def comparison_markdown(found: Comparisons) -> str:
 
 def check_comparison(out: Path) -> None:
     """OutputError where a comparison cannot be written; an earlier one may be replaced."""
+    existing = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not os.access(existing, os.W_OK):
+        raise OutputError("the comparison cannot be written", where=str(out), hint="name another -o")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     others = sorted({p.name for p in out.iterdir()} - {JSON, MARKDOWN, PLOT}) if out.is_dir() else []

@@ -49,7 +49,7 @@ class Package:
 class Extra:
     name: str
     use: str
-    missing: tuple[str, ...]  # packages
+    missing: tuple[str, ...]  # packages; of an extra that this installation does not know, "quantkit"
 
     @property
     def state(self) -> str:
@@ -144,7 +144,8 @@ def diagnose(installed: Installed | None = None, folder: Path | None = None) -> 
     extras = []
     for name, use in EXTRAS.items():
         needed = [Package(r.name, str(r.specifier), found(r.name)) for r in of_extras[name]]
-        extras.append(Extra(name, use, tuple(p.name for p in needed if not p.fits)))
+        missing = tuple(p.name for p in needed if not p.fits) if needed else ("quantkit",)
+        extras.append(Extra(name, use, missing))
     machine = _machine(folder or Path.cwd())
     return Diagnosis(__version__, packages, tuple(extras), machine, tuple(problems), tuple(notes))
 

@@ -36,6 +36,7 @@ class Comparison:
     from the windows' differences, which is far smaller than that of either perplexity. None for a single window.
     kl, kl_99: KL divergence of the folder's distribution from the other's, Σ p_other · log(p_other / p_folder), in nats
     a token: the mean and the 99th percentile. agreement: how often both find the same token most likely, 0 … 1.
+    is_source: whether it is what the folder was made from, by the SHA-256 of its files; None where that is not known.
     layer_errors: of what leaves each layer, ‖ours - theirs‖₂ / ‖theirs‖₂, the mean over tokens; empty if the two have
     not the same number of layers, of the same width.
     """
@@ -48,6 +49,7 @@ class Comparison:
     kl_99: float
     agreement: float
     layer_errors: tuple[float, ...]
+    is_source: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_file
 from quantkit.errors import SourceError, VerifyError
-from quantkit.evaluation import Evaluation, TaskScore
+from quantkit.evaluation import Evaluation, TaskScore, Verdict
 from quantkit.output import EVALUATION as FILE
 from quantkit.version import __version__
 
@@ -35,23 +36,28 @@ class Record:
 
     evaluations: tuple[Evaluation, ...] = ()
     tasks: tuple[TaskScore, ...] = ()
+    plot: str | None = None  # SHA-256 of the plot of layers' errors
 
     @property
-    def judged(self) -> bool:
-        """Whether limits were set."""
-        return any(found.gates for found in self.evaluations)
+    def judgements(self) -> list[tuple[str, Verdict]]:
+        """Limits that count, with the text: those against what the folder was made from."""
+        judged = [e for e in self.evaluations if e.against is not None and e.against.is_source]
+        return [(found.text, verdict) for found in judged for verdict in found.gates]
 
     @property
-    def passed(self) -> bool:
-        """Whether limits were set, and all of them kept."""
-        return self.judged and all(verdict.passed for found in self.evaluations for verdict in found.gates)
+    def layer_errors(self) -> tuple[float, ...]:
+        """Of the last comparison that has some."""
+        found = [e.against.layer_errors for e in self.evaluations if e.against is not None and e.against.layer_errors]
+        return found[-1] if found else ()
 
 
 def read_record(folder: Path) -> Record:
     """What was recorded of the folder as it is; empty if nothing was. VerifyError for a file that is damaged, or that
     belongs to another result."""
     table = _read(folder)
-    return Record(tuple(map(_evaluation, table["evaluations"])), tuple(map(_score, table["tasks"])))
+    return Record(
+        tuple(map(_evaluation, table["evaluations"])), tuple(map(_score, table["tasks"])), table.get("plot_sha256")
+    )
 
 
 def write_evaluation(folder: Path, found: Evaluation, device: str) -> None:
@@ -75,7 +81,12 @@ def write_scores(folder: Path, scores: Sequence[TaskScore]) -> None:
     _write(folder, table)
 
 
-def _read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def write_plot(folder: Path, sha256: str) -> None:
+    """Notes the sum of the plot beside it."""
+    _write(folder, {**_read(folder), "plot_sha256": sha256})
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         return {"evaluations": [], "tasks": []}
@@ -84,21 +95,30 @@ def _read(folder: Path) -> dict[str, list[dict[str, Any]]]:
         found = read_json(path)
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')!r}, this version knows {FORMAT}")
-        table = {key: [dict(row) for row in found[key]] for key in ("evaluations", "tasks")}
+        table: dict[str, Any] = {key: [dict(row) for row in found[key]] for key in ("evaluations", "tasks")}
+        if (plot := found.get("plot_sha256")) is not None:
+            table["plot_sha256"] = str(plot)
         for entry in table["evaluations"]:
             _evaluation(entry)
             {**entry["versions"]}
         for row in table["tasks"]:
             _score(row)
     except (SourceError, ValidationError, ValueError, KeyError, TypeError) as e:
-        why = e.what if isinstance(e, SourceError) else repr(e).partition("\n")[0]
-        raise VerifyError(f"{FILE} is damaged: {why}", where=str(path), hint=hint) from None
+        raise VerifyError(f"{FILE} is damaged ({_reason(e)})", where=str(path), hint=hint) from None
     if found.get("manifest_sha256") != _manifest(folder):
         raise VerifyError(f"{FILE} belongs to another result than quantkit.json", where=str(path), hint=hint)
     return table
 
 
-def _kept(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _reason(e: Exception) -> str:
+    if isinstance(e, SourceError):
+        return "it is not valid JSON"
+    if isinstance(e, ValidationError):
+        return ".".join(map(str, e.errors()[0]["loc"])) + ": " + e.errors()[0]["msg"]
+    return f"{e} is missing" if isinstance(e, KeyError) else str(e)
+
+
+def _kept(folder: Path) -> dict[str, Any]:
     """What of the record stays when something is added."""
     try:
         return _read(folder)
@@ -113,7 +133,28 @@ def _write(folder: Path, table: Mapping[str, Any]) -> None:
 
 def _evaluation(entry: Mapping[str, Any]) -> Evaluation:
     own = {key: value for key, value in entry.items() if key not in ("device", "versions")}
-    return _EVALUATION.validate_python({"folder": "", **own})
+    found = _EVALUATION.validate_python({"folder": "", **own})
+    if fault := _contradiction(found):
+        raise ValueError(fault)
+    return found
+
+
+def _contradiction(found: Evaluation) -> str:
+    """In words, where its numbers do not agree with each other; empty if they do."""
+
+    def differ(a: float, b: float) -> bool:
+        return not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+
+    if differ(found.perplexity, math.exp(min(found.loss, 700))):
+        return "the perplexity is not that of the loss"
+    other = found.against
+    if other is not None and differ(1 + other.increase, found.perplexity / other.perplexity):
+        return "the increase is not that of the perplexities"
+    for verdict in found.gates:
+        measured = {} if other is None else {"kl": other.kl, "perplexity_increase": other.increase}
+        if verdict.measure not in measured or differ(verdict.value, measured[verdict.measure]):
+            return "a limit was judged by another value than was measured"
+    return ""
 
 
 def _score(row: Mapping[str, Any]) -> TaskScore:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,9 +11,10 @@ from quantkit import evaluation_record
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_error, write_file
 from quantkit.console import Console
-from quantkit.errors import SourceError, UsageError, VerifyError
+from quantkit.errors import OutputError, SourceError, UsageError, VerifyError
 from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluation_record import Record
+from quantkit.layouts import Checkpoint
 from quantkit.output import COMMITS
 from quantkit.plots import LAYERS, can_plot, layers_plot
 from quantkit.publication import FORMAT, render_from_manifest
@@ -20,21 +23,63 @@ README = "README.md"
 
 
 def rewrite_card(folder: Path) -> Path:
-    """Writes README.md again. Returns the path. UsageError for a folder that is not ours, VerifyError for damage."""
-    text = card_text(folder, evaluation_record.read_record(folder))
-    write_file(folder / README, text.encode())
+    """Writes README.md again, and the plot on it. Returns the path. UsageError for a folder that is not ours,
+    VerifyError for damage."""
+    _check_ours(folder)
+    check_place(folder)
+    record = evaluation_record.read_record(folder)
+    try:
+        if record.layer_errors and can_plot():
+            plot = layers_plot(record.layer_errors)
+            write_file(folder / LAYERS, plot)
+            evaluation_record.write_plot(folder, hashlib.sha256(plot).hexdigest())
+        write_file(folder / README, card_text(folder, record).encode())
+    except OSError as e:
+        raise write_error(e, folder) from None
     return folder / README
+
+
+def is_written_by_hand(folder: Path, record: Record) -> bool:
+    """Whether README.md is not the card of what lies beside it."""
+    return not (folder / README).is_file() or (folder / README).read_text() != card_text(folder, record)
+
+
+def check_place(folder: Path) -> None:
+    """OutputError for a folder in which nothing can be written."""
+    if not os.access(folder, os.W_OK):
+        raise OutputError("the folder cannot be written to", where=str(folder), hint="mend its permissions")
+
+
+def is_source(folder: Path, parent: Checkpoint) -> bool | None:
+    """Whether a folder of ours was made from `parent`, by the SHA-256 of its files; None for one that is not ours."""
+    try:
+        files = read_json(folder / "quantkit.json")["source"]["files"]
+        sums = {str(row["name"]): str(row["sha256"]) for row in files}
+    except (SourceError, KeyError, TypeError):
+        return None
+    if sums.keys() != {file.name for file in parent.files}:
+        return False
+    return all(sha256_of(parent.folder / name) == digest for name, digest in sums.items())
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _check_ours(folder: Path) -> None:
+    if not (folder / "quantkit.json").is_file():
+        raise UsageError("the folder has no quantkit.json, so quantkit did not write it", where=str(folder))
 
 
 def card_text(folder: Path, record: Record) -> str:
     """README.md, by the manifest."""
-    if not (folder / "quantkit.json").is_file():
-        raise UsageError("the folder has no quantkit.json, so quantkit did not write it", where=str(folder))
+    _check_ours(folder)
     manifest = read_json(folder / "quantkit.json")
     config = next((read_json(folder / name) for name in COMMITS if (folder / name).exists()), {})
     if manifest.get("format") != FORMAT:
         raise SourceError(f"quantkit.json has format {manifest.get('format')!r}, this version knows {FORMAT}")
-    plotted = (folder / LAYERS).is_file()
+    plotted = bool(record.layer_errors) and (folder / LAYERS).is_file()
     try:
         return render_from_manifest(manifest, config, record.evaluations, record.tasks, plotted=plotted)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
@@ -44,15 +89,7 @@ def card_text(folder: Path, record: Record) -> str:
 def record_evaluation(folder: Path, found: Evaluation, device: str, console: Console) -> None:
     """Writes evaluation.json, a plot of the layers' errors where matplotlib is there, and the card anew, unless
     somebody changed it."""
-
-    def write() -> None:
-        evaluation_record.write_evaluation(folder, found, device)
-        record = evaluation_record.read_record(folder)
-        compared = [e.against for e in record.evaluations if e.against is not None]
-        if can_plot() and compared and compared[-1].layer_errors:
-            write_file(folder / LAYERS, layers_plot(compared[-1].layer_errors))
-
-    _recorded(folder, write, console)
+    _recorded(folder, lambda: evaluation_record.write_evaluation(folder, found, device), console)
 
 
 def record_scores(folder: Path, scores: Sequence[TaskScore], console: Console) -> None:
@@ -63,15 +100,17 @@ def record_scores(folder: Path, scores: Sequence[TaskScore], console: Console) -
 def _recorded(folder: Path, write: Callable[[], None], console: Console) -> None:
     try:
         earlier = evaluation_record.read_record(folder)
-    except VerifyError:
+    except VerifyError as e:
+        console.warn(f"{e.what}: what was in it is dropped")
         earlier = Record()
     try:
-        card = (folder / README).read_text() if (folder / README).is_file() else None
-        ours = card is None or card in {card_text(folder, Record()), card_text(folder, earlier)}
+        ours = not (folder / README).is_file() or not all(
+            is_written_by_hand(folder, record) for record in (Record(), earlier)
+        )
         write()
-        if ours:
-            rewrite_card(folder)
-        else:
-            console.warn(f"{README} was changed by hand and stays so; `quantkit card` writes it anew, with this in it")
     except OSError as e:
         raise write_error(e, folder) from None
+    if ours:
+        rewrite_card(folder)
+    else:
+        console.warn(f"{README} is not as it was written and stays so; `quantkit card` writes it anew, with this in it")

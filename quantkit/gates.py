@@ -55,4 +55,9 @@ def _part(given: str | float) -> float:
         raise UsageError(
             f"--max-ppl-increase {given!r} is no limit", hint="a share such as 3% or 0.03, of the source's perplexity"
         )
-    return float(match[1]) / (100 if match[2] else 1)
+    part = float(match[1]) / (100 if match[2] else 1)
+    if part > 1 and not match[2]:
+        raise UsageError(
+            f"--max-ppl-increase {given} is more than the whole perplexity", hint=f"write {given}%, or a share below 1"
+        )
+    return part

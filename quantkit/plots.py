@@ -6,6 +6,7 @@ The same numbers make the same bytes, with one version of matplotlib: fonts are 
 from __future__ import annotations
 
 import io
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -65,9 +66,10 @@ def layers_plot(errors: Sequence[float]) -> bytes:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.bar(range(len(errors)), [100 * error for error in errors], width=0.8)
+    axes.set_xticks(range(0, len(errors), max(1, len(errors) // 16)))
     axes.set_xlabel("layer")
     axes.set_ylabel("% of the hidden state")
-    axes.set_title("distance from the parent behind each layer")
+    axes.set_title("distance from the model that it was compared with, behind each layer")
     axes.margins(x=0.01)
     return _png(canvas)
 
@@ -95,5 +97,7 @@ def sizes_plot(points: Sequence[tuple[str, int, float]], parent: float | None, q
 
 def _png(canvas: FigureCanvasAgg) -> bytes:
     found = io.BytesIO()
-    canvas.print_png(found, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that its font does not have
+        canvas.print_png(found, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return found.getvalue()

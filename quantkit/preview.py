@@ -35,7 +35,10 @@ def write_preview(folder: Path, out: Path) -> Path:
         raise UsageError("a preview needs markdown-it-py", hint="pip install 'quantkit[preview]'")
     card = folder / README
     if not card.is_file():
-        raise UsageError("the folder has no README.md", where=str(folder), hint="`quantkit card` writes it")
+        hint = "`quantkit card` writes it" if (folder / "quantkit.json").is_file() else "name a folder with a card"
+        raise UsageError("the folder has no README.md", where=str(folder), hint=hint)
+    if not out.parent.is_dir():
+        raise OutputError(f"there is no folder {str(out.parent)!r}", where=str(out), hint="make it, or name another")
     if out.suffix not in (".html", ".htm"):
         raise OutputError(f"{out.name!r} is no name of an HTML file", where=str(out), hint="name a FILE.html")
     try:

@@ -23,13 +23,13 @@ from quantkit.errors import (
     UsageError,
     VerifyError,
 )
-from quantkit.evaluation_record import read_record
-from quantkit.folder_card import README
+from quantkit.evaluation_record import Record, read_record
+from quantkit.folder_card import README, is_written_by_hand, sha256_of
 from quantkit.front_matter import validate_front_matter
 from quantkit.output import EVALUATION
 from quantkit.parent_card import read_parent_card
-from quantkit.plots import LAYERS
-from quantkit.verifier import sha256_of, verify_folder
+from quantkit.plots import ALLOCATION, LAYERS
+from quantkit.verifier import verify_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -96,26 +96,44 @@ def _proved(folder: Path, *, ungated: bool, console: Console) -> dict[str, Path]
     found = verify_folder(folder, None, quick=False, console=console)
     if found.problems:
         raise VerifyError(
-            f"the folder is not sound: {found.problems[0]}", where=str(folder),
-            hint="see `quantkit verify`, and write the folder again with --force",
-        )  # fmt: skip
+            f"the folder is not sound: {found.problems[0]}", where=str(folder), hint="see `quantkit verify`"
+        )
     record = read_record(folder)
-    if not ungated and not record.passed:
-        raise GateError(
-            "a limit was not kept when it was evaluated" if record.judged else "the folder was not judged by any limit",
-            where=str(folder / EVALUATION),
-            hint="run `quantkit eval OUT --text FILE --against SRC --max-kl X`, or push it with --ungated",
-        )  # fmt: skip
+    if not ungated:
+        _check_judged(folder, record)
+    if is_written_by_hand(folder, record):
+        console.warn(f"{README} is not the card that quantkit.json and {EVALUATION} make; it goes up as it is")
     card = read_parent_card((folder / README).read_text())  # it may have been written to by hand
-    problems = list(card.problems) or validate_front_matter(card.metadata)
+    problems = [*card.problems] or validate_front_matter(card.metadata)
     if problems:
         raise VerifyError(
             f"the card's front matter would be refused: {problems[0]}", where=str(folder / README),
             hint="mend it, or write the card anew with `quantkit card`",
         )  # fmt: skip
     listed = [str(row["name"]) for row in read_json(folder / "quantkit.json")["files"]]
-    names = [*listed, "quantkit.json", README, *(n for n in (EVALUATION, LAYERS) if (folder / n).is_file())]
+    names = [*listed, "quantkit.json", README, *([EVALUATION] if (folder / EVALUATION).is_file() else [])]
+    names += [LAYERS] if record.plot else []
+    if linked := [name for name in names if (folder / name).is_symlink()]:
+        raise VerifyError(
+            f"{linked[0]} is a symbolic link, and what is behind it would go up", where=str(folder),
+            hint="put a copy in its place",
+        )  # fmt: skip
     return {name: folder / name for name in names}
+
+
+def _check_judged(folder: Path, record: Record) -> None:
+    failed = [(text, verdict) for text, verdict in record.judgements if not verdict.passed]
+    if failed:
+        text, verdict = failed[0]
+        raise GateError(
+            f"on {text}: {verdict.text}", where=str(folder / EVALUATION),
+            hint="evaluate it on that text again, with limits that it keeps, or push it with --ungated",
+        )  # fmt: skip
+    if not record.judgements:
+        raise GateError(
+            "the folder was not judged by any limit against what it was made from", where=str(folder / EVALUATION),
+            hint="run `quantkit eval OUT --text FILE --against SRC --max-kl X`, or push it with --ungated",
+        )  # fmt: skip
 
 
 def _attributes(files: Mapping[str, Path]) -> bytes:
@@ -154,7 +172,8 @@ def _upload(
     before = _remote(api, repo_id, revision)
     foreign = sorted(before.keys() - files.keys() - {ATTRIBUTES})
     others = "quantkit.json" not in before and before.keys() - {ATTRIBUTES, README}
-    if (foreign or others) and not replace:
+    # What an earlier push of ours may have left beside the model is nobody else's.
+    if (set(foreign) - {EVALUATION, LAYERS, ALLOCATION} or others) and not replace:
         raise OutputError(
             f"the repository holds other files ({', '.join((foreign or sorted(before))[:3])})", where=repo_id,
             hint="name another repository, or make it this model with --replace: they are deleted then",
@@ -230,8 +249,8 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, _Content], repo_id: 
     wrong += sorted(found.keys() - wanted.keys())
     if wrong:
         raise RunError(
-            f"{wrong[0]} is not on the Hub what it is here", where=repo_id,
-            hint="somebody else wrote to the repository, or the upload was damaged: type the same command again",
+            f"{wrong[0]} was committed, and is not on the Hub what it is here", where=repo_id,
+            hint="somebody else wrote to it, or the upload was damaged: look at the repository, then push again",
         )  # fmt: skip
 
 

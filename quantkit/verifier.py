@@ -24,6 +24,7 @@ from quantkit.methods.base import Array, Selection, WeightSpec
 from quantkit.output import COMMITS, EVALUATION, WEIGHT_SUFFIXES
 from quantkit.packed import UNDECODABLE, Packed, decoded
 from quantkit.planner import target_of
+from quantkit.plots import LAYERS
 from quantkit.pruning import Prune
 from quantkit.publication import FORMAT
 from quantkit.recipe import Quantize, Recipe, build_recipe
@@ -193,9 +194,15 @@ class _Check:
         from quantkit.evaluation_record import read_record
 
         try:
-            read_record(self.folder)
+            record = read_record(self.folder)
         except VerifyError as e:
             self.problems.append(f"{e.what}; {e.hint}")
+            return
+        if record.plot is None:
+            return
+        plot = self.folder / LAYERS
+        if not plot.is_file() or sha256_of(plot) != record.plot:
+            self.problems.append(f"{LAYERS}: missing, or not what was drawn; `quantkit card` draws it again")
 
     def _check_tensors(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize | None) -> list[_Row]:
         """Compares every header entry with what the manifest's tensors must have become; returns the rows that fit."""

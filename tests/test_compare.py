@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from eval_models import build, quiet_transformers, text_of
+from tokenizers import Tokenizer, models
 
 import quantkit
 from quantkit import api
 from quantkit.comparer import Comparisons, comparison_markdown
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, UsageError
 
 TABLES = {
     "int8": {"bits": 8}, "nf4": {"bits": 4}, "rtn2": {"method": "rtn", "bits": 2, "group_size": 32},
@@ -65,8 +67,21 @@ def test_what_is_larger_and_worse_is_named(work: Path) -> None:
     rows = {row.name: row for row in found.rows}
     assert rows["source"].method == ""
     assert rows["source"].bits is None
-    again = compare(work, "int8", "rtn2", "rtn2")
+    copy = shutil.copytree(work / "rtn2", work / "copies" / "rtn2")
+    again = compare(work, "int8", "rtn2", "copies/rtn2")
     assert again.dominated == (), "the same twice: neither is worse"
+    assert {row.name for row in again.rows} == {"int8", str(work / "rtn2"), str(copy)}
+
+
+def test_what_cannot_be_compared(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="named twice"):
+        compare(work, "int8", "./int8")
+    with quiet_transformers():
+        other = build(tmp_path / "other", vocab_size=300)
+        tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[], unk_token="a"))
+        tokenizer.save(str(other / "tokenizer.json"))
+        with pytest.raises(UsageError, match="other tokens of this text"):
+            api.compare([work / "int8", other], str(work / "text.txt"), windows=2, length=16)
 
 
 def test_files(work: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import api
-from quantkit.errors import UsageError
+from quantkit.errors import OutputError, UsageError
 from quantkit.evaluation import Evaluation
+from quantkit.evaluation_record import read_record
 from quantkit.gates import Gates
 
 OPTIONS: dict[str, Any] = {"windows": 4, "length": 32}
@@ -144,14 +146,16 @@ def test_gates_end_in_3_and_are_recorded(made: tuple[Path, Path, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "limit"), [("3%", 0.03), ("0.03", 0.03), (0.5, 0.5), (" 12.5 % ", 0.125), ("1e-3", 1e-3)]
+    ("given", "limit"),
+    [("3%", 0.03), ("0.03", 0.03), (0.5, 0.5), (" 12.5 % ", 0.125), ("1e-3", 1e-3), ("1", 1.0), ("300%", 3.0)],
 )
 def test_limits(given: str | float, limit: float) -> None:
     assert Gates.parse(given, None).max_ppl_increase == pytest.approx(limit)
 
 
 @pytest.mark.parametrize("options", [
-    {"max_ppl_increase": "three"}, {"max_ppl_increase": "-3%"}, {"max_kl": -1.0}, {"max_kl": float("nan")},
+    {"max_ppl_increase": "three"}, {"max_ppl_increase": "3"}, {"max_ppl_increase": 5},
+    {"max_ppl_increase": "-3%"}, {"max_kl": -1.0}, {"max_kl": float("nan")},
     {"max_kl": 1.0, "against": None},
 ])  # fmt: skip
 def test_what_is_no_limit_is_refused_at_once(made: tuple[Path, Path, str], options: dict[str, Any]) -> None:
@@ -183,7 +187,7 @@ def test_a_card_changed_by_hand_stays(made: tuple[Path, Path, str]) -> None:
     (out / "README.md").write_text(changed)
     done = command(made)
     assert done.returncode == 0
-    assert "changed by hand" in done.stderr
+    assert "is not as it was written and stays so" in done.stderr
     assert (out / "README.md").read_text() == changed
     api.rewrite_card(out)
     assert "Perplexity" in (out / "README.md").read_text()
@@ -213,3 +217,72 @@ def test_a_converted_folder_against_its_source_has_no_distance(tmp_path: Path) -
     assert found is not None
     assert (found.kl, set(found.layer_errors)) == (0.0, {0.0})
     assert "Their predictions are the same." in (tmp_path / "back" / "README.md").read_text()
+
+
+def test_what_it_was_made_from_is_told_from_another_of_its_shape(made: tuple[Path, Path, str]) -> None:
+    source, out, text = made
+    other = build(source.parent / "other", seed=1)
+    done = command((other, out, text), "--max-kl", "100")
+    assert done.returncode == 0
+    assert "is not what out was made from" in done.stderr
+    assert read_record(out).judgements == []
+    assert "`other` is not what this copy was made from." in (out / "README.md").read_text()
+    evaluate(made, max_kl=10.0)
+    assert [verdict.limit for _, verdict in read_record(out).judgements] == [10.0]
+    assert [entry["against"]["is_source"] for entry in recorded(out)] == [False, True]
+    found = quantkit.evaluate(source, text, against=str(source), **OPTIONS).against
+    assert found is not None
+    assert found.is_source is None
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    (("perplexity",), 1.5, "not that of the loss"), (("against", "increase"), 0.0, "not that of the perplexities"),
+    (("gates", 0, "value"), 0.0, "judged by another value"), (("against", "kl"), 0.0, "judged by another value"),
+    (("tokens",), "many", "tokens: "), (("against",), None, "judged by another value"),
+])  # fmt: skip
+def test_numbers_that_contradict_each_other(
+    made: tuple[Path, Path, str], key: tuple[Any, ...], value: Any, words: str
+) -> None:
+    _, out, _ = made
+    evaluate(made, max_kl=10.0)
+    table = json.loads((out / "evaluation.json").read_text())
+    place = table["evaluations"][0]
+    for part in key[:-1]:
+        place = place[part]
+    place[key[-1]] = value
+    (out / "evaluation.json").write_text(json.dumps(table))
+    (problem,) = quantkit.verify(out).problems
+    assert words in problem
+    done = subprocess.run([sys.executable, "-m", "quantkit", "verify", str(out)], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "mend what lies beside the weights" in done.stderr
+    assert "--force" not in done.stderr
+
+
+def test_a_damaged_record_is_said_to_be_dropped(made: tuple[Path, Path, str]) -> None:
+    _, out, _ = made
+    evaluate(made)
+    (out / "evaluation.json").write_text("{")
+    done = command(made)
+    assert done.returncode == 0
+    assert "what was in it is dropped" in done.stderr
+    assert len(recorded(out)) == 1
+
+
+def test_the_plot_is_part_of_the_folder(made: tuple[Path, Path, str]) -> None:
+    _, out, _ = made
+    evaluate(made)
+    (out / "layers.png").unlink()
+    assert any("layers.png: missing" in problem for problem in quantkit.verify(out).problems)
+    api.rewrite_card(out)
+    assert (out / "layers.png").exists()
+    assert not quantkit.verify(out).problems
+    (out / "layers.png").write_bytes(b"another")
+    assert any("layers.png" in problem for problem in quantkit.verify(out).problems)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(made: tuple[Path, Path, str]) -> None:
+    made[1].chmod(0o500)
+    with pytest.raises(OutputError, match="cannot be written to"):
+        evaluate(made)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from upload_server import TOKEN, Store, serving
 
 import quantkit
+from quantkit import api
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "ci" / "publish.sh"
 ID = "me/llama-bnb-4bit"
@@ -219,7 +220,7 @@ def test_a_folder_that_nobody_judged_or_that_failed(hub: Store, folder: Path, pu
     record["evaluations"][0]["gates"][0]["limit"] = 0.0
     (folder / "evaluation.json").write_text(json.dumps(record))
     done = push(hub, folder, "--quiet")
-    assert (done.returncode, "was not kept" in done.stderr) == (3, True)
+    assert (done.returncode, "above the limit" in done.stderr) == (3, True)
     (folder / "evaluation.json").unlink()
     done = push(hub, folder, "--quiet")
     assert (done.returncode, "not judged by any limit" in done.stderr) == (3, True)
@@ -261,3 +262,29 @@ def test_the_script_for_ci(hub: Store, tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
         assert (repo in hub.heads) == (code == 0)
         assert (tmp_path / repo.rpartition("/")[2] / "evaluation.json").exists()
+
+
+def test_nothing_goes_up_through_a_link(hub: Store, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes((folder / "evaluation.json").read_bytes())
+    (folder / "evaluation.json").unlink()
+    (folder / "evaluation.json").symlink_to(tmp_path / "secret")
+    done = push(hub, folder, "--quiet")
+    assert (done.returncode, "symbolic link" in done.stderr) == (3, True)
+    assert hub.heads == {}
+
+
+def test_a_card_changed_by_hand_goes_up_with_a_warning(hub: Store, folder: Path) -> None:
+    with (folder / "README.md").open("a") as f:
+        f.write("\nMy own words.\n")
+    done = push(hub, folder, "--quiet")
+    assert done.returncode == 0
+    assert "is not the card that" in done.stderr
+    assert hub.files(ID)["README.md"].endswith(b"My own words.\n")
+
+
+def test_what_an_earlier_push_left_is_ours_to_delete(hub: Store, folder: Path) -> None:
+    pushed(hub, folder)
+    (folder / "evaluation.json").unlink()
+    (folder / "layers.png").unlink()
+    api.rewrite_card(folder)
+    assert pushed(hub, folder, "--ungated")["deleted"] == ["evaluation.json", "layers.png"]
