@@ -63,7 +63,7 @@ def evaluate(
 
     console = Console(json=as_json, quiet=quiet)
     if (tasks is None) == (given["text"] is None):
-        raise UsageError("what is it to be evaluated on?", hint="name one of --text FILE and --lm-eval TASKS")
+        raise UsageError("what to evaluate on is one of --text and --lm-eval", hint="name a text: --text FILE")
     if tasks is not None:
         if unfit := [key for key in ("against", "max_ppl_increase", "max_kl", "length") if given[key] is not None]:
             raise UsageError(f"--{unfit[0].replace('_', '-')} is for --text", hint="leave it out")

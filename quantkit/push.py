@@ -81,18 +81,19 @@ def push_folder(
         validate_repo_id(repo_id)
     except HFValidationError:
         raise UsageError(f"{repo_id!r} is no id of a repository", hint="name it org/model") from None
-    files = _proved(folder, ungated=ungated, console=console)
+    files, proved = _proved(folder, ungated=ungated, console=console)
     attributes = _attributes(files)
     names = (*sorted(files), ATTRIBUTES)
     total = sum(path.stat().st_size for path in files.values()) + len(attributes)
     if dry_run:
         return Pushed(repo_id, "", "", names, total, 0, ())
     with _explained(repo_id), _no_other_bars():
-        return _upload(_api(), files, attributes, repo_id, private, revision, replace, console)
+        return _upload(_api(), files, proved, attributes, repo_id, private, revision, replace, console)
 
 
-def _proved(folder: Path, *, ungated: bool, console: Console) -> dict[str, Path]:
-    """The files to publish by name, once the folder is found sound and good enough."""
+def _proved(folder: Path, *, ungated: bool, console: Console) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files to publish by name, once the folder is found sound and good enough; and the SHA-256 of those that the
+    manifest lists."""
     found = verify_folder(folder, None, quick=False, console=console)
     if found.problems:
         raise VerifyError(
@@ -110,7 +111,7 @@ def _proved(folder: Path, *, ungated: bool, console: Console) -> dict[str, Path]
             f"the card's front matter would be refused: {problems[0]}", where=str(folder / README),
             hint="mend it, or write the card anew with `quantkit card`",
         )  # fmt: skip
-    listed = [str(row["name"]) for row in read_json(folder / "quantkit.json")["files"]]
+    listed = {str(row["name"]): str(row["sha256"]) for row in read_json(folder / "quantkit.json")["files"]}
     names = [*listed, "quantkit.json", README, *([EVALUATION] if (folder / EVALUATION).is_file() else [])]
     names += [LAYERS] if record.plot else []
     if linked := [name for name in names if (folder / name).is_symlink()]:
@@ -118,7 +119,7 @@ def _proved(folder: Path, *, ungated: bool, console: Console) -> dict[str, Path]
             f"{linked[0]} is a symbolic link, and what is behind it would go up", where=str(folder),
             hint="put a copy in its place",
         )  # fmt: skip
-    return {name: folder / name for name in names}
+    return {name: folder / name for name in names}, listed
 
 
 def _check_judged(folder: Path, record: Record) -> None:
@@ -157,6 +158,7 @@ def _api() -> HfApi:
 def _upload(
     api: HfApi,
     files: Mapping[str, Path],
+    proved: Mapping[str, str],
     attributes: bytes,
     repo_id: str,
     private: bool,
@@ -179,6 +181,8 @@ def _upload(
             hint="name another repository, or make it this model with --replace: they are deleted then",
         )  # fmt: skip
     wanted = {name: _Content.of_file(path) for name, path in files.items()}
+    if changed := [name for name, digest in proved.items() if wanted[name].sha256 != digest]:
+        raise RunError(f"{changed[0]} changed while it was pushed; nothing was committed", where=repo_id)
     wanted[ATTRIBUTES] = _Content.of_bytes(attributes)
     changed = [name for name in wanted if name not in before or not wanted[name].is_at(before[name])]
     additions = [

@@ -334,7 +334,7 @@ def test_one_value_of_llamas_params_is_any_other(
         context = found["max_position_embeddings"]
         assert type(context) is int
         assert 0 < context < 2**31
-        assert 0 < found["rms_norm_eps"] < 1e9
+        assert 0 < found["rms_norm_eps"] < 1
         assert found["rms_norm_eps"] == table["norm_eps"]
         assert found["num_key_value_heads"] == (table.get("n_kv_heads") or HEADS)
         assert found["rope_theta"] == (table.get("rope_theta") or 10000)

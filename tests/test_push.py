@@ -273,6 +273,16 @@ def test_nothing_goes_up_through_a_link(hub: Store, folder: Path, tmp_path: Path
     assert hub.heads == {}
 
 
+def test_a_file_that_changes_meanwhile_is_not_committed(hub: Store, folder: Path) -> None:
+    """Between the proof and the upload: the server's answer to the first question is when it happens."""
+    weights = sorted(folder.glob("*.safetensors"))[0]
+    data = weights.read_bytes()
+    hub.on_create = lambda: weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    done = push(hub, folder, "--quiet")
+    assert (done.returncode, "changed while it was pushed" in done.stderr) == (1, True)
+    assert set(hub.files(ID)) == {".gitattributes"}
+
+
 def test_a_card_changed_by_hand_goes_up_with_a_warning(hub: Store, folder: Path) -> None:
     with (folder / "README.md").open("a") as f:
         f.write("\nMy own words.\n")

@@ -13,7 +13,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -30,7 +30,7 @@ class Store:
     """commits: of each repository, by id: files, name → content. heads: branch → id. objects: LFS, by SHA-256.
 
     fault names a way to misbehave; sent: bytes of LFS objects that came, by SHA-256; drop_after: hang up once, when so
-    many bytes of LFS objects came.
+    many bytes of LFS objects came. on_create is called when a repository is asked for.
     """
 
     url: str = ""
@@ -43,6 +43,7 @@ class Store:
     fault: str = ""
     drop_after: int | None = None
     puts: int = 0
+    on_create: Callable[[], object] = lambda: None
 
     def add(self, repo: str, files: dict[str, bytes], branch: str = "main") -> None:
         number = len(self.commits.get(repo, {}))
@@ -156,6 +157,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, asked: dict[str, Any]) -> None:
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        self.store.on_create()
         if repo.startswith("others/"):
             return self.refuse(403, f"You don't have the rights to create a model under the namespace {repo}")
         body = {"url": f"{self.store.url}/{repo}", "name": repo, "id": "x"}

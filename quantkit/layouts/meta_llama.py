@@ -156,13 +156,16 @@ def _config(
             f"{PARAMS} does not say how long a context may be; {context:,} tokens are assumed "
             "(--context says otherwise)"
         )
+    epsilon = fields.need("norm_eps", "number")
+    if epsilon >= 1:
+        raise fields.fail("norm_eps", f"is {epsilon}: no model adds so much", "mend the number")
     first, last = (128000, 128001) if embedding.shape[0] > 100_000 else (1, 2)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama",
         "vocab_size": embedding.shape[0], "hidden_size": dim, "intermediate_size": gate.shape[0],
         "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": fields.size("n_kv_heads") or heads, "head_dim": dim // heads, "hidden_act": "silu",
-        "max_position_embeddings": context, "rms_norm_eps": fields.need("norm_eps", "number"),
+        "max_position_embeddings": context, "rms_norm_eps": epsilon,
         "rope_theta": theta, "rope_parameters": rope,
         "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
         "initializer_range": 0.02, "use_cache": True, "bos_token_id": first, "eos_token_id": last,
