@@ -301,9 +301,7 @@ def evaluate(
     gates = Gates.parse(max_ppl_increase, max_kl)
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
-    record = record and is_local(str(folder)) and (place / "quantkit.json").is_file()
-    if record:
-        folder_card.check_place(place)
+    record = record and _may_record(folder, place)
     subject = Subject(open_checkpoint(place), origin.name)
     source, is_source = None, None
     if against is not None:
@@ -341,9 +339,7 @@ def evaluate_tasks(
 
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
-    record = record and is_local(str(folder)) and (place / "quantkit.json").is_file()
-    if record:
-        folder_card.check_place(place)
+    record = record and _may_record(folder, place)
     found = run(
         open_checkpoint(place), origin.name, tasks, limit=limit, shots=shots, include=include, device=device,
         threads=threads, console=console,
@@ -382,6 +378,14 @@ def compare(
     if out is not None:
         write_comparison(found_all, out)
     return found_all
+
+
+def _may_record(given: str | Path, place: Path) -> bool:
+    """Whether it is a folder of ours, here. OutputError if nothing can be written in it."""
+    ours = is_local(str(given)) and (place / "quantkit.json").is_file()
+    if ours:
+        folder_card.check_place(place)
+    return ours
 
 
 def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:

@@ -362,7 +362,8 @@ def _usage_error(e: click.ClickException) -> UsageError:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage or input, 3 verify failed, 130 interrupted."""
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage or input, 3 not sound or not good enough, 130
+    interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(json="--json" in arguments, quiet="--quiet" in arguments)
     if isinstance(sys.stdout, TextIOWrapper):

@@ -100,7 +100,6 @@ def _read(folder: Path) -> dict[str, Any]:
             table["plot_sha256"] = str(plot)
         for entry in table["evaluations"]:
             _evaluation(entry)
-            {**entry["versions"]}
         for row in table["tasks"]:
             _score(row)
     except (SourceError, ValidationError, ValueError, KeyError, TypeError) as e:

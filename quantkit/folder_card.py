@@ -18,6 +18,7 @@ from quantkit.layouts import Checkpoint
 from quantkit.output import COMMITS
 from quantkit.plots import LAYERS, can_plot, layers_plot
 from quantkit.publication import FORMAT, render_from_manifest
+from quantkit.verifier import sha256_of
 
 README = "README.md"
 
@@ -60,11 +61,6 @@ def is_source(folder: Path, parent: Checkpoint) -> bool | None:
     if sums.keys() != {file.name for file in parent.files}:
         return False
     return all(sha256_of(parent.folder / name) == digest for name, digest in sums.items())
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _check_ours(folder: Path) -> None:

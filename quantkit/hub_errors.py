@@ -68,19 +68,20 @@ def _explain(e: Exception, source: str, revision: str | None) -> SourceError:
 _QUOTA = re.compile(r"quota|storage|payment|billing|plan\b|too large", re.IGNORECASE)
 
 
-def explain_push(e: Exception, repo_id: str) -> QuantkitError:
-    """What went wrong while a folder was uploaded to `repo_id`."""
+def explain_push(e: Exception, repo_id: str, state: str) -> QuantkitError:
+    """What went wrong while a folder was uploaded to `repo_id`; state: what has become of it by then, in words."""
     while isinstance(e, RuntimeError) and isinstance(e.__cause__, Exception):
         e = e.__cause__  # of one of the threads that upload
     status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
-    said = _said(e)
-    again = "the same command sends only what is missing"
+    said, again = _said(e), "the same command sends only what is missing"
     if status == 401:
         return UsageError("the Hub does not accept the token", where=repo_id, hint=_LOG_IN)
-    if status == 402 or (status in (None, 400, 403, 413, 422) and not isinstance(e, HTTPError) and _QUOTA.search(said)):
-        return _full(said, repo_id)
-    if isinstance(e, HfHubHTTPError) and status in (400, 403, 413, 422) and _QUOTA.search(said):
-        return _full(said, repo_id)
+    refused = status in (400, 403, 413, 422) or isinstance(e, ValueError)  # which an LFS batch raises
+    if status == 402 or (refused and _QUOTA.search(said)):
+        return RunError(
+            f"the Hub has no room for it; nothing was committed: {said}", where=repo_id,
+            hint="make room, or a larger plan; then the same command sends only what is missing",
+        )  # fmt: skip
     if status == 403 or isinstance(e, RepositoryNotFoundError):
         return UsageError(
             f"the token may not write to {repo_id!r}", where=said,
@@ -89,17 +90,8 @@ def explain_push(e: Exception, repo_id: str) -> QuantkitError:
     if status in (409, 412):
         return RunError("the repository changed meanwhile; nothing was committed", where=repo_id, hint=again)
     if isinstance(e, HTTPError) and status is None:
-        return RunError(
-            f"the connection to the Hub failed; nothing was committed: {said}", where=constants.ENDPOINT, hint=again
-        )
-    return RunError(f"the Hub did not take the folder; nothing was committed: {said}", where=repo_id, hint=again)
-
-
-def _full(said: str, repo_id: str) -> RunError:
-    return RunError(
-        f"the Hub has no room for it; nothing was committed: {said}", where=repo_id,
-        hint="make room, or a larger plan; then the same command sends only what is missing",
-    )  # fmt: skip
+        return RunError(f"the connection to the Hub failed; {state}: {said}", where=constants.ENDPOINT, hint=again)
+    return RunError(f"the Hub failed; {state}: {said}", where=repo_id, hint=again)
 
 
 def _said(e: Exception) -> str:

@@ -15,21 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.reader import read_json
 from quantkit.console import Console
-from quantkit.errors import (
-    GateError,
-    Interrupted,
-    OutputError,
-    RunError,
-    UsageError,
-    VerifyError,
-)
+from quantkit.errors import GateError, Interrupted, OutputError, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.evaluation_record import Record, read_record
-from quantkit.folder_card import README, is_written_by_hand, sha256_of
+from quantkit.folder_card import README, is_written_by_hand
 from quantkit.front_matter import validate_front_matter
 from quantkit.output import EVALUATION
 from quantkit.parent_card import read_parent_card
 from quantkit.plots import ALLOCATION, LAYERS
-from quantkit.verifier import verify_folder
+from quantkit.verifier import sha256_of, verify_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -87,7 +80,7 @@ def push_folder(
     total = sum(path.stat().st_size for path in files.values()) + len(attributes)
     if dry_run:
         return Pushed(repo_id, "", "", names, total, 0, ())
-    with _explained(repo_id), _no_other_bars():
+    with _no_other_bars():
         return _upload(_api(), files, proved, attributes, repo_id, private, revision, replace, console)
 
 
@@ -168,10 +161,47 @@ def _upload(
 ) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    before = _remote(api, repo_id, revision)
+    with _explained(repo_id, "nothing was committed"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        before = _remote(api, repo_id, revision)
+        foreign = _foreign(before, files, repo_id, replace=replace)
+        wanted = {name: _Content.of_file(path) for name, path in files.items()}
+        if other := [name for name, digest in proved.items() if wanted[name].sha256 != digest]:
+            raise RunError(f"{other[0]} changed while it was pushed; nothing was committed", where=repo_id)
+        wanted[ATTRIBUTES] = _Content.of_bytes(attributes)
+        changed = [name for name in wanted if name not in before or not wanted[name].is_at(before[name])]
+        # The smallest first: what is refused is refused before the weights go.
+        changed.sort(key=lambda name: wanted[name].nbytes)
+        additions = [
+            CommitOperationAdd(name, attributes if name == ATTRIBUTES else str(files[name])) for name in changed
+        ]  # fmt: skip
+        sent = sum(wanted[name].nbytes for name in changed)
+        with console.progress(sent) as progress:
+            for addition in additions:
+                api.preupload_lfs_files(repo_id, [addition], revision=revision, free_memory=False)
+                nbytes = wanted[addition.path_in_repo].nbytes
+                progress.advance(nbytes)
+                progress.unit(addition.path_in_repo, nbytes)
+        operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in foreign)]
+        head = api.repo_info(repo_id, revision=revision).sha
+    commit, url = str(head), f"{api.endpoint}/{repo_id}/commit/{head}"
+    if operations:
+        with _explained(repo_id, "whether it was committed is not known"):
+            made = api.create_commit(
+                repo_id, operations, commit_message=f"quantkit push: {len(wanted)} files", revision=revision,
+                parent_commit=head,
+            )  # fmt: skip
+        commit, url = str(made.oid), str(made.commit_url)
+    with _explained(repo_id, "it was committed, and could not be compared"):
+        _compare(_remote(api, repo_id, commit), wanted, repo_id)
+    nbytes = sum(content.nbytes for content in wanted.values())
+    return Pushed(repo_id, url, commit, tuple(sorted(wanted)), nbytes, sent, tuple(foreign))
+
+
+def _foreign(before: Mapping[str, Any], files: Mapping[str, Path], repo_id: str, *, replace: bool) -> list[str]:
+    """Names of files in the repository that are to be deleted. OutputError for those of somebody else."""
     foreign = sorted(before.keys() - files.keys() - {ATTRIBUTES})
     others = "quantkit.json" not in before and before.keys() - {ATTRIBUTES, README}
     # What an earlier push of ours may have left beside the model is nobody else's.
@@ -180,36 +210,7 @@ def _upload(
             f"the repository holds other files ({', '.join((foreign or sorted(before))[:3])})", where=repo_id,
             hint="name another repository, or make it this model with --replace: they are deleted then",
         )  # fmt: skip
-    wanted = {name: _Content.of_file(path) for name, path in files.items()}
-    if changed := [name for name, digest in proved.items() if wanted[name].sha256 != digest]:
-        raise RunError(f"{changed[0]} changed while it was pushed; nothing was committed", where=repo_id)
-    wanted[ATTRIBUTES] = _Content.of_bytes(attributes)
-    changed = [name for name in wanted if name not in before or not wanted[name].is_at(before[name])]
-    additions = [
-        CommitOperationAdd(name, attributes if name == ATTRIBUTES else str(files[name])) for name in changed
-    ]  # fmt: skip
-    sent = sum(wanted[name].nbytes for name in changed)
-    # The smallest first: what is refused is refused before the weights go.
-    additions.sort(key=lambda add: wanted[add.path_in_repo].nbytes)
-    with console.progress(sent) as progress:
-        for addition in additions:
-            api.preupload_lfs_files(repo_id, [addition], revision=revision, free_memory=False)
-            nbytes = wanted[addition.path_in_repo].nbytes
-            progress.advance(nbytes)
-            progress.unit(addition.path_in_repo, nbytes)
-    operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in foreign)]
-    head = api.repo_info(repo_id, revision=revision).sha
-    if operations:
-        made = api.create_commit(
-            repo_id, operations, commit_message=f"quantkit push: {len(wanted)} files", revision=revision,
-            parent_commit=head,
-        )  # fmt: skip
-        commit, url = str(made.oid), str(made.commit_url)
-    else:
-        commit, url = str(head), f"{api.endpoint}/{repo_id}/commit/{head}"
-    _compare(_remote(api, repo_id, commit), wanted, repo_id)
-    nbytes = sum(content.nbytes for content in wanted.values())
-    return Pushed(repo_id, url, commit, tuple(sorted(wanted)), nbytes, sent, tuple(foreign))
+    return foreign
 
 
 @dataclass(frozen=True)
@@ -277,16 +278,17 @@ def _no_other_bars() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _explained(repo_id: str, state: str) -> Iterator[None]:
+    """Says what went wrong in our words, and what has become of the repository by then."""
     from quantkit.hub_errors import explain_push
 
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(
-            "interrupted; nothing was committed", where=repo_id, hint="the same command sends only what is missing"
+            f"interrupted; {state}", where=repo_id, hint="the same command sends only what is missing"
         ) from None
-    except (UsageError, OutputError, RunError):
+    except QuantkitError:
         raise
     except Exception as e:
-        raise explain_push(e, repo_id) from None
+        raise explain_push(e, repo_id, state) from None

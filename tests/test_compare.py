@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models
 
 import quantkit
 from quantkit import api
-from quantkit.comparer import Comparisons, comparison_markdown
+from quantkit.comparer import Compared, Comparisons, comparison_markdown, side_by_side
 from quantkit.errors import OutputError, UsageError
 
 TABLES = {
@@ -71,6 +72,19 @@ def test_what_is_larger_and_worse_is_named(work: Path) -> None:
     again = compare(work, "int8", "rtn2", "copies/rtn2")
     assert again.dominated == (), "the same twice: neither is worse"
     assert {row.name for row in again.rows} == {"int8", str(work / "rtn2"), str(copy)}
+
+
+def test_dominated(work: Path) -> None:
+    """Another is as small and nearer, smaller and as near, or both."""
+    (row,) = compare(work, "int8").rows
+    assert row.evaluation.against is not None
+
+    def made(name: str, nbytes: int, kl: float) -> Compared:
+        against = dataclasses.replace(row.evaluation.against, kl=kl)  # type: ignore[type-var]
+        return Compared(name, "", None, nbytes, dataclasses.replace(row.evaluation, against=against))
+
+    rows = [made("small", 10, 0.5), made("large", 20, 0.1), made("worse", 20, 0.2), made("fat", 11, 0.5)]
+    assert side_by_side(rows).dominated == ("fat", "worse")
 
 
 def test_what_cannot_be_compared(work: Path, tmp_path: Path) -> None:

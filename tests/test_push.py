@@ -153,7 +153,8 @@ def test_interrupted_by_hand(hub: Store, folder: Path) -> None:
 
 @pytest.mark.parametrize(("fault", "code", "words"), [
     ("forbidden", 2, "may not write to"), ("quota", 1, "no room"), ("race", 1, "changed meanwhile"),
-    ("damage", 1, "is not on the Hub what it is here"), ("down", 1, "did not take the folder"),
+    ("damage", 1, "is not on the Hub what it is here"), ("down", 1, "the Hub failed; nothing was committed"),
+    ("lost", 1, "whether it was committed is not known"), ("blind", 1, "it was committed, and could not be compared"),
 ])  # fmt: skip
 def test_what_the_hub_may_answer(hub: Store, folder: Path, fault: str, code: int, words: str) -> None:
     hub.fault = fault
@@ -161,7 +162,7 @@ def test_what_the_hub_may_answer(hub: Store, folder: Path, fault: str, code: int
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert done.stdout == ""
-    if fault != "damage":  # which is found out by looking at what was committed
+    if fault not in ("damage", "lost", "blind"):  # which are found out when it is committed
         assert "quantkit.json" not in (hub.files(ID) if ID in hub.heads else {})
     hub.fault = ""
     if fault == "damage":

@@ -178,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return None
         assert parse_qs(urlsplit(self.path).query).get("recursive") in (["True"], ["true"], ["1"])
+        if self.store.fault == "blind" and revision not in self.store.heads[repo]:
+            return self.refuse(500, "Internal Error")
         rows = []
         for name, content in self.store.commits[repo][commit].items():
             row: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
@@ -233,6 +235,9 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
         store.add(repo, files, revision)
         commit = store.heads[repo][revision]
+        if store.fault == "lost":  # the answer is
+            self.close_connection = True
+            return None
         body = {"commitUrl": f"{store.url}/{repo}/commit/{commit}", "commitOid": commit, "success": True}
         return self.reply(200, body)
 
