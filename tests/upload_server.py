@@ -127,6 +127,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         data = self.rfile.read(length)
+        if len(data) < length:  # the sender is gone; a storage keeps no part of an object
+            self.close_connection = True
+            return None
         if store.fault == "damage":
             data = data[:-1] + b"?"
         store.objects[oid] = data
