@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import init_empty_weights
+from card_numbers import unexplained
 from eval_models import build, quiet_transformers, text_of
 from huggingface_hub import ModelCard
 from oracle.native_models import make_native
@@ -121,6 +123,11 @@ def test_recipe_end_to_end(path: Path, tmp_path: Path) -> None:
         assert f"license: {twin.licence}" in card
     for heading in (FRENCH, JAPANESE):
         assert (heading in card.splitlines()) == (heading == twin.heading)
+    assert unexplained(out) == []
+    changed = re.sub(r"[1-9](?=\d* \|)", "7", card).replace("| 7", "| 9")
+    assert changed != card
+    (out / "README.md").write_text(changed)
+    assert unexplained(out) != []
 
 
 def loads(twin: Twin, out: Path) -> None:
