@@ -21,7 +21,7 @@ from quantkit.console import Progress
 from quantkit.layouts import Checkpoint
 from quantkit.methods.base import Array, Report
 from quantkit.plans import Plan, Unit
-from quantkit.pruning import Prune
+from quantkit.pruning import Prune, in_attention
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ class LayerRun:
                 made.begin(done.layers)
                 for index in range(done.layers, len(layers) + len(head)):
                     if isinstance(made, NormStream):
-                        made.norms(index, self._encode)
+                        made.norms(index, self._encode, in_attention)
                     elif index < len(layers):
                         made.layer(index, self._solve)
                     else:

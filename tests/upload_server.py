@@ -264,3 +264,9 @@ def serving() -> Iterator[Store]:
         http.server_close()
         thread.join()
     assert store.problems == []
+
+
+if __name__ == "__main__":  # a rehearsal: docs/publishing.md
+    with serving() as hub, contextlib.suppress(KeyboardInterrupt):
+        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1", flush=True)
+        threading.Event().wait()

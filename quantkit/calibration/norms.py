@@ -1,8 +1,9 @@
 """The layer loop for what only asks how large inputs are, as Wanda does (Sun et al. 2023).
 
-Linears are looked at in the order of a layer, as for GPTQ: each sees what comes through the linears before it as they
-will be. The paper looks at all linears of a layer in one pass with its old weights, and then runs it again with the new
-ones; in this order attention is run once instead of twice, and scores are those of inputs that the model will have.
+Attention's linears are looked at one after the other, as for GPTQ: each sees what comes through the linears before it
+as they will be, and attention is run once. Those of the feed-forward part are looked at together, in one pass with its
+old weights. (The paper does so with the whole layer, and runs all of it again.) What gate and up cost what they feed,
+when half of their weights are gone, is noise by which down is better not judged.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.rows import Group, Passes, apply_linear, in_stages, irregular
+from quantkit.calibration.rows import Group, Passes, apply_linear, irregular
 from quantkit.calibration.stream import Layer, Stream
 from quantkit.solvers.threads import in_threads, parts
 
@@ -55,13 +57,13 @@ class NormStream(Stream):
     """A stream of one model."""
 
     @torch.inference_mode()
-    def norms(self, index: int, look: Look) -> None:
-        """Takes all rows through one layer; `look` gives the weight to go on with, for one linear after the other."""
-        experts = frozenset(name for name, linear in self.linears[index].items() if linear.expert)
+    def norms(self, index: int, look: Look, in_order: Callable[[str], bool]) -> None:
+        """Takes all rows through one layer; `look` gives the weight to go on with, for one linear after the other.
+        in_order: whether a linear's outputs are to be the new ones before the next one is looked at."""
         with self._loaded(index) as layer, ExitStack() as files:
             groups = layer.linears.groups(lambda: self._run(index, "quantized", self.rows[0]), layer.ready)
             passes = Passes(layer.linears, lambda row: self._run(index, "quantized", row))
-            for number, stage in enumerate(in_stages(groups, experts)):
+            for number, stage in enumerate(_stages(groups, in_order)):
                 keeps = len(stage) == 1 and passes.keeps(stage[0])
                 width = layer.weights[stage[0][0]].shape[1]
                 inputs = self._file(f"input-{number}", width, files) if keeps else None
@@ -93,17 +95,15 @@ class NormStream(Stream):
         """Of each group of a stage, over all rows. Rows with a value that is not finite are left out from here on.
         inputs: where to write what they get, if it is of use later."""
         found = [Sums(layer.weights[group[0]].shape[1], self.skeleton.device) for group in stage]
-        outputs = {name: len(layer.weights[name]) for name in self.linears[index] if name in layer.weights}
-        outputs = {name: rows for name, rows in outputs.items() if self.linears[index][name].expert}
         for row in self.rows:
             finite: list[bool] = []
-            if len(stage) > 1:  # of experts: one pass tells of all
+            if len(stage) > 1:  # one pass tells of all
 
                 def add(sums: Sums, x: torch.Tensor, said: list[bool] = finite) -> None:
                     said.append(sums.add(x))
 
                 wanted = {group[0]: partial(add, sums) for group, sums in zip(stage, found, strict=True)}
-                passes.collect(row, wanted, outputs)
+                passes.watch(row, wanted, layer.ready)
             else:
                 x = passes.stop(row, stage[0][0])
                 finite.append(found[0].add(x))
@@ -146,6 +146,15 @@ class NormStream(Stream):
                 out.write(row, after)
             out.sync()
             look({name: Norms(layer.weights[name], sums.squares, sums.tokens) for name, sums in found.items()})
+
+
+def _stages(groups: Sequence[Group], in_order: Callable[[str], bool]) -> list[list[Group]]:
+    """Groups to look at in one pass, in their order: those in order are each on their own."""
+    stages: list[list[Group]] = []
+    for alone, run in groupby(groups, lambda group: any(map(in_order, group))):
+        several = list(run)
+        stages += [[group] for group in several] if alone else [several]
+    return stages
 
 
 def squares(x: torch.Tensor) -> torch.Tensor:

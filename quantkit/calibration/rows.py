@@ -179,6 +179,26 @@ class Passes:
                 return stop.x
         raise irregular(f"{linear} is not called, or later than for another text")
 
+    def watch(
+        self, row: int, wanted: Mapping[str, Callable[[torch.Tensor], None]], old: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Hands what linears without a new weight are called with to `wanted`, by name, and goes on with their old
+        ones, up to the last of them."""
+        missing = dict(wanted)
+
+        def answer(name: str, x: torch.Tensor) -> torch.Tensor:
+            if name in self.weights:
+                return self._answer(name, x)
+            if name in missing:
+                missing.pop(name)(x)
+                if not missing:
+                    raise Stop(name, x)
+            return apply_linear(x, old[name])
+
+        with suppress(Stop):
+            self._run(row, answer)
+        self._all_called(missing)
+
     def collect(
         self, row: int, wanted: Mapping[str, Callable[[torch.Tensor], None]], outputs: Mapping[str, int]
     ) -> None:
@@ -195,6 +215,9 @@ class Passes:
 
         with suppress(Stop):  # at something behind the experts
             self._run(row, answer)
+        self._all_called(missing)
+
+    def _all_called(self, missing: Mapping[str, object]) -> None:
         if missing:
             raise irregular(f"{next(iter(missing))} is not called, or later than for another text")
 

@@ -1,5 +1,6 @@
-"""Wanda on a whole model, slow and obvious: the paper's mask of each linear, in the order of a layer, from what
-transformers' own forward pass gives it behind those before it. Imports nothing of quantkit."""
+"""Wanda on a whole model, slow and obvious: the paper's mask of each linear, from what transformers' own forward pass
+gives it behind those before it: attention's one after the other, the feed-forward part's together. Imports nothing of
+quantkit."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from oracle import pruning
 
-ORDER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+ORDER = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj", "down_proj"))
 
 
 def wanda(model: Any, layers: Any, rows: torch.Tensor, sparsity: float) -> None:
@@ -18,14 +19,18 @@ def wanda(model: Any, layers: Any, rows: torch.Tensor, sparsity: float) -> None:
         for kinds in ORDER:
             linears = [m for n, m in layer.named_modules() if n.rpartition(".")[2] in kinds]
             assert len(linears) == len(kinds)
-            inputs: list[np.ndarray[Any, Any]] = []
-            note = linears[0].register_forward_pre_hook(
-                lambda _, args, into=inputs: into.append(args[0].detach().flatten(0, -2).double().numpy())
-            )
+            inputs: list[list[np.ndarray[Any, Any]]] = [[] for _ in linears]
+            notes = [
+                module.register_forward_pre_hook(
+                    lambda _, args, into=into: into.append(args[0].detach().flatten(0, -2).double().numpy())
+                )
+                for module, into in zip(linears, inputs, strict=True)
+            ]
             with torch.no_grad():
                 for row in rows:
                     model(row[None])
-            note.remove()
-            for module in linears:
-                keep = pruning.wanda(module.weight.detach().double().numpy(), np.concatenate(inputs), sparsity)
+            for note in notes:
+                note.remove()
+            for module, got in zip(linears, inputs, strict=True):
+                keep = pruning.wanda(module.weight.detach().double().numpy(), np.concatenate(got), sparsity)
                 module.weight.data[~torch.from_numpy(keep)] = 0
