@@ -25,6 +25,7 @@ from quantkit.comparer import (
 from quantkit.console import Console, human_bytes
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation, TaskScore
+from quantkit.evaluation_record import Record
 from quantkit.evaluator import WINDOWS, Subject, Windows, evaluate_folder
 from quantkit.gates import Gates
 from quantkit.hub import expand, is_local, resolve
@@ -42,6 +43,7 @@ from quantkit.plans import Origin, Plan
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.restored import open_files, open_source
 from quantkit.runner import Outcome, execute
+from quantkit.seal import Seal, seal
 from quantkit.verifier import Verification, verify_folder
 
 _QUIET = Console(quiet=True)
@@ -301,7 +303,7 @@ def evaluate(
     gates = Gates.parse(max_ppl_increase, max_kl)
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
-    record = record and _may_record(folder, place)
+    sealed = _sealed(folder, place) if record else None
     subject = Subject(open_checkpoint(place), origin.name)
     source, is_source = None, None
     if against is not None:
@@ -317,8 +319,8 @@ def evaluate(
     )  # fmt: skip
     if found.against is not None:
         found = replace(found, against=replace(found.against, is_source=is_source))
-    if record:
-        folder_card.record_evaluation(place, found, device, console)
+    if sealed is not None:
+        folder_card.record_evaluation(place, sealed, found, device, console)
     return found
 
 
@@ -339,13 +341,13 @@ def evaluate_tasks(
 
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
-    record = record and _may_record(folder, place)
+    sealed = _sealed(folder, place) if record else None
     found = run(
         open_checkpoint(place), origin.name, tasks, limit=limit, shots=shots, include=include, device=device,
         threads=threads, console=console,
     )  # fmt: skip
-    if record:
-        folder_card.record_scores(place, found, console)
+    if sealed is not None:
+        folder_card.record_scores(place, sealed, found, console)
     return found
 
 
@@ -380,12 +382,15 @@ def compare(
     return found_all
 
 
-def _may_record(given: str | Path, place: Path) -> bool:
-    """Whether it is a folder of ours, here. OutputError if nothing can be written in it."""
-    ours = is_local(str(given)) and (place / "quantkit.json").is_file()
-    if ours:
-        folder_card.check_place(place)
-    return ours
+def _sealed(given: str | Path, place: Path) -> Seal | None:
+    """A folder of ours, here, in which something will be recorded; None for any other. OutputError if nothing can be
+    written in it, VerifyError if it is not sound."""
+    if not is_local(str(given)) or not (place / "quantkit.json").is_file():
+        return None
+    folder_card.check_place(place)
+    sealed = seal(place)
+    folder_card.card_text(place, Record())  # raises what would otherwise come after hours
+    return sealed
 
 
 def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:

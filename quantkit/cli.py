@@ -379,9 +379,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         usage = _usage_error(e)
         console.error(usage)
         sys.exit(usage.exit_code)
-    except OSError as e:  # nothing else lets one escape: the result has nowhere to go
-        sys.stdout = None  # or the interpreter would try once more
-        console.error(RunError(f"the result cannot be printed: {e.strerror}", hint="what was to be written is written"))
+    except OSError as e:
+        sys.stdout = None  # it may be what failed, and the interpreter would try once more
+        console.error(RunError(f"the system refused: {e.strerror or e}", where=str(e.filename or "")))
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")

@@ -128,7 +128,7 @@ def pushed_text(found: Pushed) -> str:
     rows = [
         ("repository", found.repo_id),
         ("files", files),
-        ("sent", human_bytes(found.sent)),
+        ("changed", human_bytes(found.changed)),
         *([("deleted", ", ".join(found.deleted))] if found.deleted else []),
         ("commit", found.commit),
         ("url", found.url),

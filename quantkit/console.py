@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, RunError
 
 
 def human_bytes(n: float) -> str:
@@ -79,8 +79,15 @@ class Console:
         self.json, self.quiet = json, quiet
 
     def result(self, data: Mapping[str, Any], text: str) -> None:
-        """The command's result: `text` for people, `data` with --json."""
-        print(json.dumps(data) if self.json else "\n".join(map(printable, text.split("\n"))), flush=True)
+        """The command's result: `text` for people, `data` with --json. RunError if it has nowhere to go."""
+        shown = json.dumps(data) if self.json else "\n".join(map(printable, text.split("\n")))
+        try:
+            print(shown, flush=True)
+        except OSError as e:
+            sys.stdout = None  # or the interpreter would try once more
+            raise RunError(
+                f"the result cannot be printed: {e.strerror}", hint="what was to be written is written"
+            ) from None
 
     def warn(self, text: str) -> None:
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
@@ -95,7 +102,7 @@ class Console:
         for label, text in lines:
             if text:
                 print(label + printable(text), file=sys.stderr, flush=True)
-        if self.json:
+        if self.json and sys.stdout is not None:
             block = {"what": error.what, "in": error.where, "hint": error.hint, "exit_code": error.exit_code}
             print(json.dumps({"error": block}), flush=True)
 

@@ -224,7 +224,7 @@ def _torch() -> tuple[str, tuple[Gpu, ...]]:
         import torch
 
         from quantkit.torch_setup import fast_dtype
-    except ImportError:
+    except (ImportError, OSError):  # OSError: a library that it loads is missing or damaged
         return "float32", ()
     gpus = []
     if torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 It names the manifest that it belongs to, by its SHA-256, so that nothing measured on other weights is taken for these.
 One entry a protocol (text, windows, length, what it was compared with), and one a task of lm-evaluation-harness: to
-evaluate again replaces it.
+evaluate again replaces it. Limits stay, and judge the new numbers, until others are set.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from quantkit.version import __version__
 
 FORMAT = 1
 LIBRARIES = ("torch", "transformers")
+PLOT = ("plot_sha256", "plotted_sha256")
 _EVALUATION, _SCORE = TypeAdapter(Evaluation), TypeAdapter(TaskScore)
 
 
@@ -37,12 +38,18 @@ class Record:
     evaluations: tuple[Evaluation, ...] = ()
     tasks: tuple[TaskScore, ...] = ()
     plot: str | None = None  # SHA-256 of the plot of layers' errors
+    plotted: str | None = None  # SHA-256 of the numbers on it
 
     @property
-    def judgements(self) -> list[tuple[str, Verdict]]:
-        """Limits that count, with the text: those against what the folder was made from."""
+    def judgements(self) -> list[tuple[Evaluation, Verdict]]:
+        """Limits that count, with what they judge: those against what the folder was made from."""
         judged = [e for e in self.evaluations if e.against is not None and e.against.is_source]
-        return [(found.text, verdict) for found in judged for verdict in found.gates]
+        return [(found, verdict) for found in judged for verdict in found.gates]
+
+    @property
+    def has_plot(self) -> bool:
+        """Whether a plot was drawn, of the numbers that there are."""
+        return self.plot is not None and self.plotted == _sum_of(self.layer_errors)
 
     @property
     def layer_errors(self) -> tuple[float, ...]:
@@ -56,18 +63,21 @@ def read_record(folder: Path) -> Record:
     belongs to another result."""
     table = _read(folder)
     return Record(
-        tuple(map(_evaluation, table["evaluations"])), tuple(map(_score, table["tasks"])), table.get("plot_sha256")
-    )
+        tuple(map(_evaluation, table["evaluations"])), tuple(map(_score, table["tasks"])), table.get("plot_sha256"),
+        table.get("plotted_sha256"),
+    )  # fmt: skip
 
 
 def write_evaluation(folder: Path, found: Evaluation, device: str) -> None:
-    """Adds an evaluation to the folder's record, in place of one by the same protocol."""
+    """Adds an evaluation to the folder's record, in place of one by the same protocol, whose limits it is judged by
+    where it has none of its own."""
+    table = _kept(folder)
+    found = replace(found, gates=(*found.gates, *_limits_left(found, table["evaluations"])))
     entry = {
         **{key: value for key, value in asdict(found).items() if key != "folder"},
         "device": device,
         "versions": {"quantkit": __version__, **{name: version(name) for name in LIBRARIES}},
     }
-    table = _kept(folder)
     table["evaluations"] = [e for e in table["evaluations"] if _protocol(e) != _protocol(entry)] + [entry]
     _write(folder, table)
 
@@ -75,15 +85,19 @@ def write_evaluation(folder: Path, found: Evaluation, device: str) -> None:
 def write_scores(folder: Path, scores: Sequence[TaskScore]) -> None:
     """Adds scores to the folder's record, in place of those of the same tasks with as many examples."""
     table = _kept(folder)
-    new = {(score.task, score.shots) for score in scores}
-    kept = [row for row in table["tasks"] if (row["task"], row["shots"]) not in new]
+    new = {(score.task, score.shots, score.samples) for score in scores}
+    kept = [row for row in table["tasks"] if (row["task"], row["shots"], row["samples"]) not in new]
     table["tasks"] = kept + [asdict(score) for score in scores]
     _write(folder, table)
 
 
-def write_plot(folder: Path, sha256: str) -> None:
-    """Notes the sum of the plot beside it."""
-    _write(folder, {**_read(folder), "plot_sha256": sha256})
+def write_plot(folder: Path, sha256: str, errors: Sequence[float]) -> None:
+    """Notes the sum of the plot beside it, and that of the numbers on it."""
+    _write(folder, {**_read(folder), "plot_sha256": sha256, "plotted_sha256": _sum_of(errors)})
+
+
+def forget_plot(folder: Path) -> None:
+    _write(folder, {key: value for key, value in _read(folder).items() if key not in PLOT})
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -96,17 +110,33 @@ def _read(folder: Path) -> dict[str, Any]:
         if found.get("format") != FORMAT:
             raise ValueError(f"format {found.get('format')!r}, this version knows {FORMAT}")
         table: dict[str, Any] = {key: [dict(row) for row in found[key]] for key in ("evaluations", "tasks")}
-        if (plot := found.get("plot_sha256")) is not None:
-            table["plot_sha256"] = str(plot)
+        table |= {key: str(found[key]) for key in PLOT if key in found}
         for entry in table["evaluations"]:
             _evaluation(entry)
         for row in table["tasks"]:
             _score(row)
-    except (SourceError, ValidationError, ValueError, KeyError, TypeError) as e:
+    except (SourceError, ValidationError, ValueError, KeyError, TypeError, ArithmeticError) as e:
         raise VerifyError(f"{FILE} is damaged ({_reason(e)})", where=str(path), hint=hint) from None
     if found.get("manifest_sha256") != _manifest(folder):
         raise VerifyError(f"{FILE} belongs to another result than quantkit.json", where=str(path), hint=hint)
     return table
+
+
+def _limits_left(found: Evaluation, earlier: Sequence[Mapping[str, Any]]) -> Iterator[Verdict]:
+    """Limits of earlier evaluations by the same protocol that the new one does not set, judging what it found."""
+    other = found.against
+    if other is None:
+        return
+    protocol = _protocol(asdict(found))
+    measured = {"kl": other.kl, "perplexity_increase": other.increase}
+    for entry in filter(lambda e: _protocol(e) == protocol, earlier):
+        for verdict in _evaluation(entry).gates:
+            if verdict.measure not in {own.measure for own in found.gates}:
+                yield replace(verdict, value=measured[verdict.measure])
+
+
+def _sum_of(errors: Sequence[float]) -> str:
+    return hashlib.sha256(json.dumps(list(errors)).encode()).hexdigest()
 
 
 def _reason(e: Exception) -> str:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit import evaluation_record
 from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.writer import write_error, write_file
 from quantkit.console import Console
-from quantkit.errors import OutputError, SourceError, UsageError, VerifyError
+from quantkit.errors import OutputError, QuantkitError, SourceError, UsageError, VerifyError
 from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluation_record import Record
 from quantkit.layouts import Checkpoint
 from quantkit.output import COMMITS
 from quantkit.plots import LAYERS, can_plot, layers_plot
 from quantkit.publication import FORMAT, render_from_manifest
-from quantkit.verifier import sha256_of
+from quantkit.seal import Seal, check_sealed
+from quantkit.verifier import config_differences, recorded_recipe, sha256_of
 
 README = "README.md"
 
@@ -33,7 +36,11 @@ def rewrite_card(folder: Path) -> Path:
         if record.layer_errors and can_plot():
             plot = layers_plot(record.layer_errors)
             write_file(folder / LAYERS, plot)
-            evaluation_record.write_plot(folder, hashlib.sha256(plot).hexdigest())
+            evaluation_record.write_plot(folder, hashlib.sha256(plot).hexdigest(), record.layer_errors)
+        elif record.plot is not None and not record.has_plot:  # of other numbers, and no other can be drawn here
+            (folder / LAYERS).unlink(missing_ok=True)
+            evaluation_record.forget_plot(folder)
+        record = evaluation_record.read_record(folder)
         write_file(folder / README, card_text(folder, record).encode())
     except OSError as e:
         raise write_error(e, folder) from None
@@ -42,7 +49,12 @@ def rewrite_card(folder: Path) -> Path:
 
 def is_written_by_hand(folder: Path, record: Record) -> bool:
     """Whether README.md is not the card of what lies beside it."""
-    return not (folder / README).is_file() or (folder / README).read_text() != card_text(folder, record)
+    return not (folder / README).is_file() or read_card(folder) != card_text(folder, record)
+
+
+def read_card(folder: Path) -> str:
+    """README.md, which anybody may have written to, in whatever encoding."""
+    return (folder / README).read_text(encoding="utf-8", errors="replace")
 
 
 def check_place(folder: Path) -> None:
@@ -52,13 +64,15 @@ def check_place(folder: Path) -> None:
 
 
 def is_source(folder: Path, parent: Checkpoint) -> bool | None:
-    """Whether a folder of ours was made from `parent`, by the SHA-256 of its files; None for one that is not ours."""
+    """Whether a folder of ours was made from `parent`, by its configuration and the SHA-256 of its weights; None for
+    one that is not ours."""
     try:
-        files = read_json(folder / "quantkit.json")["source"]["files"]
-        sums = {str(row["name"]): str(row["sha256"]) for row in files}
-    except (SourceError, KeyError, TypeError):
+        manifest = read_json(folder / "quantkit.json")
+        sums = {str(row["name"]): str(row["sha256"]) for row in manifest["source"]["files"]}
+        recipe = recorded_recipe(manifest)
+    except (QuantkitError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    if sums.keys() != {file.name for file in parent.files}:
+    if sums.keys() != {file.name for file in parent.files} or config_differences(folder, recipe, parent):
         return False
     return all(sha256_of(parent.folder / name) == digest for name, digest in sums.items())
 
@@ -75,25 +89,42 @@ def card_text(folder: Path, record: Record) -> str:
     config = next((read_json(folder / name) for name in COMMITS if (folder / name).exists()), {})
     if manifest.get("format") != FORMAT:
         raise SourceError(f"quantkit.json has format {manifest.get('format')!r}, this version knows {FORMAT}")
-    plotted = bool(record.layer_errors) and (folder / LAYERS).is_file()
+    plotted = record.has_plot and (folder / LAYERS).is_file()
     try:
         return render_from_manifest(manifest, config, record.evaluations, record.tasks, plotted=plotted)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise VerifyError(f"quantkit.json is damaged: {e!r}", where=str(folder / "quantkit.json")) from None
 
 
-def record_evaluation(folder: Path, found: Evaluation, device: str, console: Console) -> None:
+def record_evaluation(folder: Path, sealed: Seal, found: Evaluation, device: str, console: Console) -> None:
     """Writes evaluation.json, a plot of the layers' errors where matplotlib is there, and the card anew, unless
-    somebody changed it."""
-    _recorded(folder, lambda: evaluation_record.write_evaluation(folder, found, device), console)
+    somebody changed it. RunError if the folder is not what it was when it was sealed."""
+    _recorded(folder, sealed, lambda: evaluation_record.write_evaluation(folder, found, device), console)
 
 
-def record_scores(folder: Path, scores: Sequence[TaskScore], console: Console) -> None:
+def record_scores(folder: Path, sealed: Seal, scores: Sequence[TaskScore], console: Console) -> None:
     """The same of tasks."""
-    _recorded(folder, lambda: evaluation_record.write_scores(folder, scores), console)
+    _recorded(folder, sealed, lambda: evaluation_record.write_scores(folder, scores), console)
 
 
-def _recorded(folder: Path, write: Callable[[], None], console: Console) -> None:
+def _recorded(folder: Path, sealed: Seal, write: Callable[[], None], console: Console) -> None:
+    with _alone(folder):
+        check_sealed(folder, sealed)
+        _add(folder, write, console)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for others that record something of the folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _add(folder: Path, write: Callable[[], None], console: Console) -> None:
     try:
         earlier = evaluation_record.read_record(folder)
     except VerifyError as e:

@@ -52,6 +52,13 @@ def evaluate_tasks(
     """
     if find_spec("lm_eval") is None:
         raise UsageError("--lm-eval needs lm-evaluation-harness", hint="pip install 'quantkit[tasks]'")
+    if checkpoint.layout != "hf":
+        raise UsageError(
+            "tasks are for the Hugging Face layout, whose tokenizer the harness works with", where=name,
+            hint="make such a folder of it with `quantkit convert --to hf`",
+        )  # fmt: skip
+    if include is not None and not include.is_dir():
+        raise UsageError("there is no such folder of tasks", where=str(include))
     import lm_eval
     from lm_eval.tasks import TaskManager
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -59,7 +60,7 @@ def _explain(e: Exception, source: str, revision: str | None) -> SourceError:
         hint = "unset HF_HUB_OFFLINE once, to fetch it"
     elif isinstance(e, HTTPError) and status is None:
         what = "cannot be fetched: the connection to the Hub failed, and its cache does not hold all of it"
-        where, hint = f"{constants.ENDPOINT}: {first}", "check the network, the proxy and HF_ENDPOINT"
+        where, hint = f"{_endpoint()}: {first}", "check the network, the proxy and HF_ENDPOINT"
     else:
         what, where, hint = "could not be fetched from the Hub", f"{where}: {first}", "type the same command again"
     return SourceError(f"{source!r} {what}", where=where, hint=hint)
@@ -90,8 +91,14 @@ def explain_push(e: Exception, repo_id: str, state: str) -> QuantkitError:
     if status in (409, 412):
         return RunError("the repository changed meanwhile; nothing was committed", where=repo_id, hint=again)
     if isinstance(e, HTTPError) and status is None:
-        return RunError(f"the connection to the Hub failed; {state}: {said}", where=constants.ENDPOINT, hint=again)
+        return RunError(f"the connection to the Hub failed; {state}: {said}", where=_endpoint(), hint=again)
     return RunError(f"the Hub failed; {state}: {said}", where=repo_id, hint=again)
+
+
+def _endpoint() -> str:
+    """The Hub's address, without a name or password that may be in it."""
+    parts = urlsplit(constants.ENDPOINT)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _said(e: Exception) -> str:

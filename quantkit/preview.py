@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantkit.checkpoint.writer import write_error, write_file
 from quantkit.errors import OutputError, UsageError
-from quantkit.folder_card import README
+from quantkit.folder_card import README, read_card
 
 # Nothing that a card brings along runs or is fetched.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -42,7 +42,7 @@ def write_preview(folder: Path, out: Path) -> Path:
     if out.suffix not in (".html", ".htm"):
         raise OutputError(f"{out.name!r} is no name of an HTML file", where=str(out), hint="name a FILE.html")
     try:
-        write_file(out, page(card.read_text(), folder).encode())
+        write_file(out, page(read_card(folder), folder).encode())
     except OSError as e:
         raise write_error(e, out) from None
     return out

@@ -17,7 +17,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.console import Console
 from quantkit.errors import GateError, Interrupted, OutputError, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.evaluation_record import Record, read_record
-from quantkit.folder_card import README, is_written_by_hand
+from quantkit.folder_card import README, is_written_by_hand, read_card
 from quantkit.front_matter import validate_front_matter
 from quantkit.output import EVALUATION
 from quantkit.parent_card import read_parent_card
@@ -35,15 +35,15 @@ LARGEST_IN_GIT = 10_000_000
 
 @dataclass(frozen=True)
 class Pushed:
-    """url: of the commit. files, nbytes: of what is in it; sent: bytes that were uploaded now. commit is empty for a
-    dry run."""
+    """url: of the commit. files, nbytes: of what is in it; changed: bytes of those that were not in the one before.
+    commit is empty for a dry run."""
 
     repo_id: str
     url: str
     commit: str
     files: tuple[str, ...]
     nbytes: int
-    sent: int
+    changed: int
     deleted: tuple[str, ...]
 
 
@@ -97,7 +97,12 @@ def _proved(folder: Path, *, ungated: bool, console: Console) -> tuple[dict[str,
         _check_judged(folder, record)
     if is_written_by_hand(folder, record):
         console.warn(f"{README} is not the card that quantkit.json and {EVALUATION} make; it goes up as it is")
-    card = read_parent_card((folder / README).read_text())  # it may have been written to by hand
+    text = read_card(folder)
+    if "\ufffd" in text:
+        raise VerifyError(
+            f"{README} is not in UTF-8", where=str(folder / README), hint="`quantkit card` writes it anew"
+        )
+    card = read_parent_card(text)  # it may have been written to by hand
     problems = [*card.problems] or validate_front_matter(card.metadata)
     if problems:
         raise VerifyError(
@@ -118,10 +123,11 @@ def _proved(folder: Path, *, ungated: bool, console: Console) -> tuple[dict[str,
 def _check_judged(folder: Path, record: Record) -> None:
     failed = [(text, verdict) for text, verdict in record.judgements if not verdict.passed]
     if failed:
-        text, verdict = failed[0]
+        found, verdict = failed[0]
+        again = f"--text {found.text} --windows {found.windows} --length {found.length}"
         raise GateError(
-            f"on {text}: {verdict.text}", where=str(folder / EVALUATION),
-            hint="evaluate it on that text again, with limits that it keeps, or push it with --ungated",
+            f"on {found.text}: {verdict.text}", where=str(folder / EVALUATION),
+            hint=f"evaluate it with {again} again and a limit that it keeps, or push it with --ungated",
         )  # fmt: skip
     if not record.judgements:
         raise GateError(
@@ -142,7 +148,13 @@ def _attributes(files: Mapping[str, Path]) -> bytes:
 def _api() -> HfApi:
     from huggingface_hub import HfApi, get_token
 
-    token = get_token()  # its own file, or HF_TOKEN; never printed
+    try:
+        token = get_token()  # its own file, or HF_TOKEN; never printed
+    except OSError as e:
+        raise UsageError(
+            f"the token for the Hub cannot be read: {e.strerror}", where=str(e.filename or ""),
+            hint="log in with `hf auth login`, or set HF_TOKEN",
+        ) from None  # fmt: skip
     if token is None:
         raise UsageError("there is no token for the Hub", hint="log in with `hf auth login`, or set HF_TOKEN")
     return HfApi(token=token)
@@ -162,11 +174,25 @@ def _upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     with _explained(repo_id, "nothing was committed"):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        _check_card(files[README])
+        # None leaves it to what its owner, who may be an organization, has chosen for new ones.
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise UsageError(
+                "the repository is there already, and it is public", where=repo_id,
+                hint="make it private in its settings, or push without --private",
+            )  # fmt: skip
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        before = _remote(api, repo_id, revision)
+            _branch(api, repo_id, revision)
+        head = api.repo_info(repo_id, revision=revision).sha  # nobody else's commit after it is overwritten
+        before = _remote(api, repo_id, head)
         foreign = _foreign(before, files, repo_id, replace=replace)
+        if not replace and not _same_model(api, repo_id, head, before, files):
+            raise OutputError(
+                "the repository holds another model by quantkit",
+                where=repo_id,
+                hint="name another repository, or make it this model with --replace",
+            )
         wanted = {name: _Content.of_file(path) for name, path in files.items()}
         if other := [name for name, digest in proved.items() if wanted[name].sha256 != digest]:
             raise RunError(f"{other[0]} changed while it was pushed; nothing was committed", where=repo_id)
@@ -177,15 +203,14 @@ def _upload(
         additions = [
             CommitOperationAdd(name, attributes if name == ATTRIBUTES else str(files[name])) for name in changed
         ]  # fmt: skip
-        sent = sum(wanted[name].nbytes for name in changed)
-        with console.progress(sent) as progress:
+        nbytes_changed = sum(wanted[name].nbytes for name in changed)
+        with console.progress(nbytes_changed) as progress:
             for addition in additions:
                 api.preupload_lfs_files(repo_id, [addition], revision=revision, free_memory=False)
                 nbytes = wanted[addition.path_in_repo].nbytes
                 progress.advance(nbytes)
                 progress.unit(addition.path_in_repo, nbytes)
         operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in foreign)]
-        head = api.repo_info(repo_id, revision=revision).sha
     commit, url = str(head), f"{api.endpoint}/{repo_id}/commit/{head}"
     if operations:
         with _explained(repo_id, "whether it was committed is not known"):
@@ -197,7 +222,48 @@ def _upload(
     with _explained(repo_id, "it was committed, and could not be compared"):
         _compare(_remote(api, repo_id, commit), wanted, repo_id)
     nbytes = sum(content.nbytes for content in wanted.values())
-    return Pushed(repo_id, url, commit, tuple(sorted(wanted)), nbytes, sent, tuple(foreign))
+    return Pushed(repo_id, url, commit, tuple(sorted(wanted)), nbytes, nbytes_changed, tuple(foreign))
+
+
+def _check_card(path: Path) -> None:
+    """VerifyError for a card that the Hub refuses; asked before anything is sent."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(path.read_text(encoding="utf-8", errors="replace")).validate()
+    except ValueError as e:
+        raise VerifyError(
+            f"the Hub refuses the card: {' '.join(str(e).split())[:300]}", where=str(path),
+            hint="mend its front matter, or write the card anew with `quantkit card`",
+        ) from None  # fmt: skip
+
+
+def _branch(api: HfApi, repo_id: str, revision: str) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    except HfHubHTTPError as e:
+        if e.response.status_code in (400, 422):
+            raise UsageError(f"the Hub does not take {revision!r} for a branch", where=repo_id) from None
+        raise
+
+
+def _same_model(
+    api: HfApi, repo_id: str, head: str | None, before: Mapping[str, Any], files: Mapping[str, Path]
+) -> bool:
+    """Whether what quantkit made in the repository, if it did, was made from the same weights."""
+    if "quantkit.json" not in before:
+        return True  # what else is there was looked at
+    there = api.hf_hub_download(repo_id, "quantkit.json", revision=head)
+    try:
+        sums = [
+            {str(row["sha256"]) for row in read_json(path)["source"]["files"]}
+            for path in (Path(there), files["quantkit.json"])
+        ]
+    except (QuantkitError, KeyError, TypeError):
+        return False
+    return sums[0] == sums[1]
 
 
 def _foreign(before: Mapping[str, Any], files: Mapping[str, Path], repo_id: str, *, replace: bool) -> list[str]:
@@ -261,18 +327,21 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, _Content], repo_id: 
 
 @contextmanager
 def _no_other_bars() -> Iterator[None]:
-    """huggingface_hub shows none of its own meanwhile."""
+    """huggingface_hub shows none of its own meanwhile, nor the addresses that it uploads to, which are signed."""
+    from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    before = are_progress_bars_disabled()
+    before, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if not before:
             enable_progress_bars()
 

@@ -105,6 +105,28 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
     )
 
 
+def recorded_recipe(manifest: Mapping[str, Any]) -> Recipe:
+    """What a manifest says was done; KeyError, TypeError, ValueError, AttributeError or QuantkitError if it says
+    nothing of the kind."""
+    made = {k: v for k, v in manifest["recipe"].items() if k in ("quantize", "convert", "prune")}
+    return build_recipe({"source": "", **made})
+
+
+def config_differences(folder: Path, recipe: Recipe, parent: Checkpoint) -> list[str]:
+    """Where a folder's configuration is not what source and recipe make of it: a wrong number there gives fluent
+    nonsense."""
+    target = target_of(recipe, parent, tokenizer=False)
+    found = read_json(folder / target.config_file)
+    wanted = dict(target.config)
+    if recipe.quantize is not None:
+        wanted |= recipe.quantize.implementation.reader_config(wanted)
+    return [
+        f"{target.config_file}: {key} is {found.get(key)!r}, the source makes it {wanted.get(key)!r}"
+        for key in sorted({*found, *wanted} - {"quantization_config"})
+        if found.get(key) != wanted.get(key)
+    ]
+
+
 class _Check:
     """Collects problems; one broken file does not hide the next."""
 
@@ -126,8 +148,7 @@ class _Check:
             self.problems.append(f"quantkit.json: format {manifest.get('format')!r}, this version knows {FORMAT}")
             return
         try:
-            made = {k: v for k, v in manifest["recipe"].items() if k in ("quantize", "convert", "prune")}
-            recipe = build_recipe({"source": "", **made})
+            recipe = recorded_recipe(manifest)
             quantize, self.prune = recipe.quantize, recipe.prune
             if self.prune is None and any(row.get("pruned") for row in manifest["tensors"]):
                 raise ValueError("it lists pruned tensors, and its recipe prunes nothing")
@@ -148,7 +169,7 @@ class _Check:
         sound = self._check_tensors(checkpoint, rows, quantize)
         self._check_config(checkpoint, rows, quantize)
         if parent is not None:
-            self._compare_config(recipe, parent)
+            self.problems += config_differences(self.folder, recipe, parent)
         if quick:
             return
         with SourceFiles(self.folder, checkpoint.files) as files, self._progress(checkpoint) as progress:
@@ -233,18 +254,6 @@ class _Check:
             if found.get(key) != wanted.get(key):
                 what = f"is {found.get(key)!r}, the recipe makes it {wanted.get(key)!r}"
                 self.problems.append(f"config.json: quantization_config.{key} {what}")
-
-    def _compare_config(self, recipe: Recipe, parent: Checkpoint) -> None:
-        """The configuration is what source and recipe make of it: a wrong number there gives fluent nonsense."""
-        target = target_of(recipe, parent, tokenizer=False)
-        found = read_json(self.folder / target.config_file)
-        wanted = dict(target.config)
-        if recipe.quantize is not None:
-            wanted |= recipe.quantize.implementation.reader_config(wanted)
-        for key in sorted({*found, *wanted} - {"quantization_config"}):
-            if found.get(key) != wanted.get(key):
-                what = f"{key} is {found.get(key)!r}, the source makes it {wanted.get(key)!r}"
-                self.problems.append(f"{target.config_file}: {what}")
 
     def _decode_all(
         self,

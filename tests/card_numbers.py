@@ -16,6 +16,7 @@ NOT_SAID = re.compile(
     r"|mistral-inference [\d.]+",
     re.S | re.M,
 )
+FILES = ("quantkit.json", "evaluation.json", "config.json", "params.json")
 FRENCH = re.compile(r"^## En bref, en français\n.*?^La suite", re.S | re.M)
 NUMBER = re.compile(r"(?<![\w.,:-])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w:]|\.\d)")
 
@@ -48,7 +49,8 @@ def unexplained(folder: Path) -> list[str]:
     file in the folder."""
     card = NOT_SAID.sub(" ", (folder / "README.md").read_text())
     card = FRENCH.sub(lambda part: re.sub(r"(?<=\d),(?=\d)", ".", part[0]), card)
-    known = [v for path in sorted(folder.glob("*.json")) for v in values(json.loads(path.read_text()))]
+    files = [folder / name for name in FILES if (folder / name).exists()]
+    known = [v for path in files for v in values(json.loads(path.read_text()))]
     found = []
     for text in NUMBER.findall(card):
         mantissa = text.partition("e")[0]

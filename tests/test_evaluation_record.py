@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import api
-from quantkit.errors import OutputError, UsageError
+from quantkit import api, folder_card
+from quantkit.console import Console
+from quantkit.errors import OutputError, RunError, UsageError, VerifyError
 from quantkit.evaluation import Evaluation
 from quantkit.evaluation_record import read_record
 from quantkit.gates import Gates
+from quantkit.seal import seal
 
 OPTIONS: dict[str, Any] = {"windows": 4, "length": 32}
 
@@ -267,6 +271,95 @@ def test_a_damaged_record_is_said_to_be_dropped(made: tuple[Path, Path, str]) ->
     assert done.returncode == 0
     assert "what was in it is dropped" in done.stderr
     assert len(recorded(out)) == 1
+
+
+def test_what_is_not_what_the_manifest_says_is_not_recorded(made: tuple[Path, Path, str]) -> None:
+    weights = made[1] / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    start, _ = json.loads(data[8 : 8 + size])["model.embed_tokens.weight"]["data_offsets"]
+    data[8 + size + start] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(VerifyError, match=r"model\.safetensors is not what quantkit\.json says"):
+        evaluate(made)
+    assert evaluate(made, record=False).tokens
+    assert not (made[1] / "evaluation.json").exists()
+
+
+def test_a_folder_written_again_meanwhile_gets_no_record(
+    made: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = api.evaluate_folder
+
+    def slow(*args: Any, **options: Any) -> Evaluation:
+        found = real(*args, **options)
+        quantkit.quantize(made[0], made[1], {"quantize": {"bits": 8}}, force=True)
+        return found
+
+    monkeypatch.setattr(api, "evaluate_folder", slow)
+    with pytest.raises(RunError, match="changed while it was evaluated"):
+        evaluate(made)
+    assert not (made[1] / "evaluation.json").exists()
+
+
+def test_a_source_with_another_configuration_is_not_the_source(made: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """The same weights compute something else with it, and limits against that say nothing."""
+    source, _, _ = made
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    assert evaluate(made, against=str(copy)).against.is_source is True  # type: ignore[union-attr]
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    assert evaluate(made, against=str(copy)).against.is_source is False  # type: ignore[union-attr]
+
+
+def test_limits_stay_until_others_are_set(made: tuple[Path, Path, str]) -> None:
+    def kept() -> list[tuple[str, float]]:
+        return [(gate["measure"], gate["limit"]) for gate in recorded(made[1])[0]["gates"]]
+
+    evaluate(made, max_kl=1e-9, max_ppl_increase="500%")
+    evaluate(made)
+    assert sorted(kept()) == [("kl", 1e-9), ("perplexity_increase", 5.0)]
+    evaluate(made, max_kl=5.0)
+    assert sorted(kept()) == [("kl", 5.0), ("perplexity_increase", 5.0)]
+    assert all(verdict.passed for _, verdict in read_record(made[1]).judgements)
+
+
+def test_a_plot_of_other_numbers_is_not_on_the_card(
+    made: tuple[Path, Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no new one can be drawn."""
+    _, out, _ = made
+    evaluate(made)
+    assert "layers.png" in (out / "README.md").read_text()
+    monkeypatch.setattr(folder_card, "can_plot", lambda: False)
+    api.rewrite_card(out)
+    assert "layers.png" in (out / "README.md").read_text(), "it is still of these numbers"
+    evaluate(made, windows=2)
+    assert "layers.png" not in (out / "README.md").read_text()
+    assert not (out / "layers.png").exists()
+    (out / "layers.png").write_bytes(b"something else")
+    api.rewrite_card(out)
+    assert "layers.png" not in (out / "README.md").read_text()
+    assert quantkit.verify(out).problems == ()
+
+
+def test_several_at_once_lose_nothing(made: tuple[Path, Path, str]) -> None:
+    found = [evaluate(made, windows=windows, record=False) for windows in (1, 2, 3, 4)]
+    sealed, console = seal(made[1]), Console(quiet=True)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: folder_card.record_evaluation(made[1], sealed, one, "cpu", console), found))
+    assert sorted(entry["windows"] for entry in recorded(made[1])) == [1, 2, 3, 4]
+    assert quantkit.verify(made[1]).problems == ()
+
+
+def test_a_perplexity_of_nothing(made: tuple[Path, Path, str]) -> None:
+    evaluate(made)
+    path = made[1] / "evaluation.json"
+    table = json.loads(path.read_text())
+    table["evaluations"][0]["against"]["perplexity"] = 0.0
+    path.write_text(json.dumps(table))
+    assert "evaluation.json is damaged" in quantkit.verify(made[1]).problems[0]
 
 
 def test_the_plot_is_part_of_the_folder(made: tuple[Path, Path, str]) -> None:

@@ -99,7 +99,7 @@ def test_a_second_push_sends_nothing_and_makes_no_commit(hub: Store, folder: Pat
     first = pushed(hub, folder)
     puts = hub.puts
     second = pushed(hub, folder)
-    assert (second["sent"], second["commit"], hub.puts) == (0, first["commit"], puts)
+    assert (second["changed"], second["commit"], hub.puts) == (0, first["commit"], puts)
 
 
 def test_a_branch(hub: Store, folder: Path) -> None:
@@ -113,7 +113,7 @@ def test_dry_run_asks_nobody(hub: Store, folder: Path) -> None:
     done = push(hub, folder, "--dry-run", token=None)
     assert done.returncode == 0, done.stderr
     assert "quantkit.json" in done.stdout
-    assert hub.heads == {}
+    assert hub.asked == 0
 
 
 def test_broken_off_and_taken_up(hub: Store, folder: Path) -> None:
@@ -152,7 +152,7 @@ def test_interrupted_by_hand(hub: Store, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("fault", "code", "words"), [
-    ("forbidden", 2, "may not write to"), ("quota", 1, "no room"), ("race", 1, "changed meanwhile"),
+    ("forbidden", 2, "may not write to"), ("quota", 1, "no room"), ("card", 3, "the Hub refuses the card"),
     ("damage", 1, "is not on the Hub what it is here"), ("down", 1, "the Hub failed; nothing was committed"),
     ("lost", 1, "whether it was committed is not known"), ("blind", 1, "it was committed, and could not be compared"),
 ])  # fmt: skip
@@ -282,6 +282,57 @@ def test_a_file_that_changes_meanwhile_is_not_committed(hub: Store, folder: Path
     done = push(hub, folder, "--quiet")
     assert (done.returncode, "changed while it was pushed" in done.stderr) == (1, True)
     assert set(hub.files(ID)) == {".gitattributes"}
+
+
+def test_another_writers_commit_is_not_overwritten(hub: Store, folder: Path) -> None:
+    hub.on_put = lambda: hub.add(ID, {"README.md": b"Mine."}) if len(hub.commits[ID]) == 1 else None
+    done = push(hub, folder, "--quiet")
+    assert done.returncode == 1
+    assert "changed meanwhile; nothing was committed" in done.stderr
+    assert hub.files(ID) == {"README.md": b"Mine."}
+
+
+def test_another_model_of_ours_is_not_replaced(hub: Store, folder: Path, tmp_path: Path) -> None:
+    """It has files of the same names."""
+    pushed(hub, folder)
+    manifest = json.loads((folder / "quantkit.json").read_text())
+    manifest["source"]["files"][0]["sha256"] = "0" * 64
+    hub.add(ID, {**hub.files(ID), "quantkit.json": json.dumps(manifest).encode()})
+    done = push(hub, folder, "--quiet")
+    assert (done.returncode, "holds another model" in done.stderr) == (2, True)
+    pushed(hub, folder, "--replace")
+    assert hub.files(ID)["quantkit.json"] == (folder / "quantkit.json").read_bytes()
+
+
+def test_who_may_see_it(hub: Store, folder: Path) -> None:
+    """What an organization has chosen stays; a public repository is not taken for a private one."""
+    pushed(hub, folder, repo="discreet/model")
+    assert hub.private["discreet/model"] is True
+    pushed(hub, folder)
+    assert hub.private[ID] is False
+    done = push(hub, folder, "--private", "--quiet")
+    assert (done.returncode, "it is public" in done.stderr) == (2, True)
+
+
+def test_a_branch_that_cannot_be(hub: Store, folder: Path) -> None:
+    done = push(hub, folder, "--revision", "a..b", "--quiet")
+    assert (done.returncode, "for a branch" in done.stderr) == (2, True)
+
+
+def test_a_token_that_cannot_be_read(hub: Store, folder: Path, tmp_path: Path) -> None:
+    env = {**environment(hub, tmp_path / "hf", None), "HF_TOKEN_PATH": str(tmp_path)}
+    words = [sys.executable, "-m", "quantkit", "push", str(folder), ID]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert (done.returncode, "the token for the Hub cannot be read" in done.stderr) == (2, True)
+    assert hub.heads == {}
+
+
+def test_a_card_in_another_encoding(hub: Store, folder: Path) -> None:
+    with (folder / "README.md").open("ab") as f:
+        f.write(b"\nd\xe9j\xe0 vu\n")
+    done = push(hub, folder, "--quiet")
+    assert (done.returncode, "README.md is not in UTF-8" in done.stderr) == (3, True)
+    assert hub.asked == 0
 
 
 def test_a_card_changed_by_hand_goes_up_with_a_warning(hub: Store, folder: Path) -> None:

@@ -30,7 +30,8 @@ class Store:
     """commits: of each repository, by id: files, name → content. heads: branch → id. objects: LFS, by SHA-256.
 
     fault names a way to misbehave; sent: bytes of LFS objects that came, by SHA-256; drop_after: hang up once, when so
-    many bytes of LFS objects came. on_create is called when a repository is asked for.
+    many bytes of LFS objects came. on_create is called when a repository is asked for, on_put when an LFS object comes;
+    asked: how many requests came.
     """
 
     url: str = ""
@@ -44,6 +45,8 @@ class Store:
     drop_after: int | None = None
     puts: int = 0
     on_create: Callable[[], object] = lambda: None
+    on_put: Callable[[], object] = lambda: None
+    asked: int = 0
 
     def add(self, repo: str, files: dict[str, bytes], branch: str = "main") -> None:
         number = len(self.commits.get(repo, {}))
@@ -65,6 +68,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def parse_request(self) -> bool:
+        self.store.asked += 1
+        return super().parse_request()
 
     def reply(self, status: int, body: Any = None, **headers: str) -> None:
         data = json.dumps({} if body is None else body).encode()
@@ -92,15 +99,37 @@ class Handler(BaseHTTPRequestHandler):
             if commit is None:
                 return None
             body = {"id": match[1], "modelId": match[1], "sha": commit, "siblings": []}
+            body["private"] = self.store.private.get(match[1], False)
             return self.reply(200, body)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self.resolve(*match.groups())
         if path != "/api/agent-harnesses":
-            self.store.problems.append(f"unknown GET {path}")
+            self.store.problems.append(f"unknown {self.command} {path}")
         return self.reply(404)
+
+    def do_HEAD(self) -> None:
+        return self.do_GET()
+
+    def resolve(self, repo: str, revision: str, name: str) -> None:
+        commit = self.commit_of(repo, revision)
+        if commit is None:
+            return
+        content = self.store.commits[repo][commit][name]
+        self.send_response(200)
+        etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        for key, value in {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def do_POST(self) -> None:
         path, data = unquote(urlsplit(self.path).path), self.body()
         if path == "/api/validate-yaml":
-            return self.reply(200, {"errors": [], "warnings": []})
+            faults = (
+                [{"message": '"license" must be one of those that there are'}] if self.store.fault == "card" else []
+            )
+            return self.reply(400 if faults else 200, {"errors": faults, "warnings": []})
         if not self.may():
             return None
         if path == "/api/repos/create":
@@ -122,6 +151,7 @@ class Handler(BaseHTTPRequestHandler):
             self.store.problems.append("the token went to the storage")
         store = self.store
         store.puts += 1
+        store.on_put()
         if store.drop_after is not None and sum(store.sent.values()) + length > store.drop_after:
             self.rfile.read(length // 2)
             self.close_connection = True
@@ -166,11 +196,15 @@ class Handler(BaseHTTPRequestHandler):
         body = {"url": f"{self.store.url}/{repo}", "name": repo, "id": "x"}
         if repo in self.store.heads:
             return self.reply(409, {**body, "error": "You already created this model repo"})
-        self.store.private[repo] = asked.get("private") or asked.get("visibility") == "private"
+        # An organization's own default is what holds where nothing is asked for.
+        visibility = asked.get("visibility") or {True: "private", False: "public", None: None}[asked.get("private")]
+        self.store.private[repo] = visibility == "private" or (visibility is None and repo.startswith("discreet/"))
         self.store.add(repo, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         return self.reply(200, body)
 
     def branch(self, repo: str, name: str) -> None:
+        if ".." in name:
+            return self.refuse(400, "Invalid branch name")
         if name in self.store.heads[repo]:
             return self.refuse(409, "Reference already exists")
         self.store.add(repo, dict(self.store.files(repo)), name)
@@ -181,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return None
         assert parse_qs(urlsplit(self.path).query).get("recursive") in (["True"], ["true"], ["1"])
-        if self.store.fault == "blind" and revision not in self.store.heads[repo]:
+        if self.store.fault == "blind" and len(self.store.commits[repo]) > 1:
             return self.refuse(500, "Internal Error")
         rows = []
         for name, content in self.store.commits[repo][commit].items():
@@ -225,9 +259,8 @@ class Handler(BaseHTTPRequestHandler):
             step = json.loads(line)
             value = step["value"]
             if step["key"] == "header":
-                if store.fault == "race":
+                if value["parentCommit"] != head:
                     return self.refuse(412, "A commit has happened since. Please refresh and try again.")
-                assert value["parentCommit"] == head
             elif step["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif step["key"] == "lfsFile":
