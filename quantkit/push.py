@@ -7,7 +7,7 @@ push broke off. A repository shows nothing of them before the one commit at the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,13 +186,8 @@ def _upload(
             _branch(api, repo_id, revision)
         head = api.repo_info(repo_id, revision=revision).sha  # nobody else's commit after it is overwritten
         before = _remote(api, repo_id, head)
-        foreign = _foreign(before, files, repo_id, replace=replace)
-        if not replace and not _same_model(api, repo_id, head, before, files):
-            raise OutputError(
-                "the repository holds another model by quantkit",
-                where=repo_id,
-                hint="name another repository, or make it this model with --replace",
-            )
+        earlier = () if replace else _earlier(api, repo_id, head, before, files["quantkit.json"])
+        foreign = _foreign(before, files, repo_id, earlier, replace=replace)
         wanted = {name: _Content.of_file(path) for name, path in files.items()}
         if other := [name for name, digest in proved.items() if wanted[name].sha256 != digest]:
             raise RunError(f"{other[0]} changed while it was pushed; nothing was committed", where=repo_id)
@@ -249,29 +244,35 @@ def _branch(api: HfApi, repo_id: str, revision: str) -> None:
         raise
 
 
-def _same_model(
-    api: HfApi, repo_id: str, head: str | None, before: Mapping[str, Any], files: Mapping[str, Path]
-) -> bool:
-    """Whether what quantkit made in the repository, if it did, was made from the same weights."""
+def _earlier(api: HfApi, repo_id: str, head: str | None, before: Mapping[str, Any], manifest: Path) -> tuple[str, ...]:
+    """Names of files that quantkit made in the repository from the same weights as these. OutputError if it made them
+    from others."""
     if "quantkit.json" not in before:
-        return True  # what else is there was looked at
-    there = api.hf_hub_download(repo_id, "quantkit.json", revision=head)
+        return ()
+    there = Path(api.hf_hub_download(repo_id, "quantkit.json", revision=head))
     try:
-        sums = [
-            {str(row["sha256"]) for row in read_json(path)["source"]["files"]}
-            for path in (Path(there), files["quantkit.json"])
-        ]
+        one, other = read_json(there), read_json(manifest)
+        sums = [{str(row["sha256"]) for row in table["source"]["files"]} for table in (one, other)]
+        names = tuple(str(row["name"]) for row in one["files"])
     except (QuantkitError, KeyError, TypeError):
-        return False
-    return sums[0] == sums[1]
+        sums, names = [set(), {""}], ()
+    if sums[0] != sums[1]:
+        raise OutputError(
+            "the repository holds another model by quantkit", where=repo_id,
+            hint="name another repository, or make it this model with --replace",
+        )  # fmt: skip
+    return names
 
 
-def _foreign(before: Mapping[str, Any], files: Mapping[str, Path], repo_id: str, *, replace: bool) -> list[str]:
-    """Names of files in the repository that are to be deleted. OutputError for those of somebody else."""
+def _foreign(
+    before: Mapping[str, Any], files: Mapping[str, Path], repo_id: str, earlier: Sequence[str], *, replace: bool
+) -> list[str]:
+    """Names of files in the repository that are to be deleted; earlier: those that are ours. OutputError for those of
+    somebody else."""
     foreign = sorted(before.keys() - files.keys() - {ATTRIBUTES})
     others = "quantkit.json" not in before and before.keys() - {ATTRIBUTES, README}
     # What an earlier push of ours may have left beside the model is nobody else's.
-    if (set(foreign) - {EVALUATION, LAYERS, ALLOCATION} or others) and not replace:
+    if (set(foreign) - {EVALUATION, LAYERS, ALLOCATION, *earlier} or others) and not replace:
         raise OutputError(
             f"the repository holds other files ({', '.join((foreign or sorted(before))[:3])})", where=repo_id,
             hint="name another repository, or make it this model with --replace: they are deleted then",
@@ -337,7 +338,7 @@ def _no_other_bars() -> Iterator[None]:
 
     before, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -304,6 +304,20 @@ def test_another_model_of_ours_is_not_replaced(hub: Store, folder: Path, tmp_pat
     assert hub.files(ID)["quantkit.json"] == (folder / "quantkit.json").read_bytes()
 
 
+def test_other_shards_of_the_same_model_take_the_place_of_the_earlier_ones(
+    hub: Store, folder: Path, tmp_path: Path
+) -> None:
+    pushed(hub, folder)
+    source, again = folder.parent / "source", tmp_path / "again"
+    with quiet_transformers():
+        build(source)
+        quantkit.quantize(source, again, {"quantize": {"bits": 4}})
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    found = pushed(hub, again, "--ungated")
+    assert shards <= set(found["deleted"])
+    assert "model.safetensors" in hub.files(ID)
+
+
 def test_who_may_see_it(hub: Store, folder: Path) -> None:
     """What an organization has chosen stays; a public repository is not taken for a private one."""
     pushed(hub, folder, repo="discreet/model")
