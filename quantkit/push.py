@@ -7,6 +7,7 @@ push broke off. A repository shows nothing of them before the one commit at the 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -329,20 +330,20 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, _Content], repo_id: 
 @contextmanager
 def _no_other_bars() -> Iterator[None]:
     """huggingface_hub shows none of its own meanwhile, nor the addresses that it uploads to, which are signed."""
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    before, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
+    before, verbosity = are_progress_bars_disabled(), hub_logging.get_verbosity()
     disable_progress_bars()
-    logging.set_verbosity(logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(verbosity)
         if not before:
             enable_progress_bars()
 
