@@ -258,7 +258,7 @@ def test_the_script_for_ci(hub: Store, tmp_path: Path) -> None:
     env["PATH"] = f"{binary}:{env['PATH']}"
     for repo, bits, code in (("me/eight", "8", 0), ("me/two", "2", 3)):
         options = ["--method", "gptq", "--bits", bits, "--group-size", "32", "--calib-length", "64"]
-        words = ["sh", str(SCRIPT), str(source), repo, "text.txt", "calib.txt", *options]
+        words = ["sh", str(SCRIPT), str(source), repo, "text.txt", "calib.txt", "0.1", *options]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert (repo in hub.heads) == (code == 0)
