@@ -46,6 +46,9 @@ class FolderModel:
         self.context = next((n for key in CONTEXTS if type(n := getattr(config, key, None)) is int), None)
         layers = self.skeleton.layers
         self.layer_bytes: list[int] = [FLOAT * sum(p.numel() for p in layer.parameters()) for layer in layers]
+        self._largest = max(p.numel() for layer in layers for p in layer.parameters())
+        self._widest = max(max(p.shape) for layer in layers for p in layer.parameters())
+        self._scores = int(getattr(config, "num_attention_heads", 0) or getattr(config, "n_head", 0))
         self.head_bytes: int = FLOAT * head.weight.numel()
 
     def __enter__(self) -> FolderModel:
@@ -61,6 +64,14 @@ class FolderModel:
     def work(self) -> int:
         """Bytes of weights, in float32, that the text goes through."""
         return sum(self.layer_bytes) + self.head_bytes
+
+    def memory_of_layer(self, length: int) -> int:
+        """Bytes at the most while one layer is loaded and a window of `length` tokens goes through it."""
+        width: int = self.skeleton.model.config.get_text_config().hidden_size
+        way = length * (6 * width + 4 * self._widest)  # residual, norms, what attention and the feed-forward part hold
+        # Scores of attention, with their mask and their softmax, for those models that have them whole.
+        scores = 3 * self._scores * length**2
+        return max(self.layer_bytes) + FLOAT * (2 * self._largest + way + scores)
 
     def embed(self, ids: torch.Tensor, scratch: Path) -> None:
         """Token ids [windows, length] → hidden states in a file without a name: it is gone with the process."""

@@ -23,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint.system import cores
-from quantkit.console import Console, Progress
+from quantkit.console import Console, Progress, human_bytes
 from quantkit.errors import RunError, UsageError
 from quantkit.evaluation import Comparison, Evaluation
 from quantkit.evaluation_text import read_windows
 from quantkit.gates import NO_LIMITS, Gates
+from quantkit.layer_memory import BASE
 from quantkit.layouts import Checkpoint
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def evaluate_folder(
             quiet=console.quiet,
         )  # fmt: skip
         ids = torch.from_numpy(tokens.ids.copy())
+        console.note(f"RAM at most {human_bytes(peak_memory(models, ids.shape[1]))}, one layer at a time")
         scratch = stack.enter_context(_scratch())
         with console.progress(sum(model.work for model in models)) as progress:
             for model in models:
@@ -111,6 +113,17 @@ def evaluate_folder(
         ours, error, perplexity, _times(error, perplexity), comparison,
         () if comparison is None else gates.judge(comparison),
     )  # fmt: skip
+
+
+def peak_memory(models: list[FolderModel], length: int) -> int:
+    """Bytes of RAM that an evaluation on windows of `length` tokens takes at the most, on the CPU."""
+    from quantkit.evaluation_model import CHUNK, FLOAT
+
+    # The layer that is loaded; or all heads, with logits of some tokens from each and what is computed from them.
+    layer = max(model.memory_of_layer(length) for model in models)
+    logits = FLOAT * max(CHUNK, 8 * models[0].vocabulary) * (2 * len(models) + 1)
+    heads = sum(model.head_bytes for model in models)
+    return BASE + max(layer, heads + max(model.head_bytes for model in models) + logits)
 
 
 def _check_vocabularies(models: list[FolderModel]) -> None:
