@@ -32,7 +32,7 @@ from quantkit.hub import expand, is_local, resolve
 from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.job_memory import measuring_memory
 from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
-from quantkit.measurement import ROWS, Losses, Measurement, allocated, check_fits, digest_of_weights, read_measurement
+from quantkit.measurement import ROWS, Measurement, allocated, check_fits, digest_of_weights, read_measurement
 from quantkit.measurer import Job
 from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
@@ -77,12 +77,14 @@ def plan_recipe(
     prefer: Prefer = "mistral" if recipe.convert is not None and recipe.convert.to == "hf" else "hf"
     folder, origin = resolve(recipe.source, recipe.revision, weights=data_present, quiet=console.quiet, prefer=prefer)
     checkpoint = open_checkpoint(folder, data_present=data_present, native=recipe.native.options, prefer=prefer)
-    losses = None
+    measured = None
     if recipe.mixing is not None:
         if measuring and recipe.output is not None:  # which may take hours, and be for nothing
             check_place(expand(recipe.output), checkpoint.folder, force=force, quantize=_known(recipe))
-        losses = _losses(recipe, checkpoint, origin, data_present=data_present, measuring=measuring, console=console)
-    return make_plan(recipe, checkpoint, origin, quiet=console.quiet, losses=losses), checkpoint
+        measured = _known_losses(
+            recipe, checkpoint, origin, data_present=data_present, measuring=measuring, console=console
+        )
+    return make_plan(recipe, checkpoint, origin, quiet=console.quiet, measured=measured), checkpoint
 
 
 def _known(recipe: Recipe) -> dict[str, Any]:
@@ -93,9 +95,9 @@ def _known(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _losses(
+def _known_losses(
     recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, data_present: bool, measuring: bool, console: Console
-) -> Losses | None:
+) -> Measurement | None:
     """What was measured of a source: in the file that the recipe names, or in one beside the output, where a run leaves
     it. None if nothing was, or all mixes are given."""
     mixing = recipe.mixing
@@ -117,7 +119,7 @@ def _losses(
         path = expand(named)
         found = read_measurement(path)
         fits(found, path)
-        return found.losses
+        return found
     if recipe.output is None:
         return None
     out = expand(recipe.output)
@@ -128,7 +130,7 @@ def _losses(
             found = read_measurement(path)
             fits(found, path)
             if found.tokens == tokens.first(ROWS).sha256:
-                return found.losses
+                return found
         except UsageError:
             pass  # of another model, or of another text: it is measured again
     if not measuring or tokens is None:
@@ -136,7 +138,7 @@ def _losses(
     allocated(mixing, params, specs, None)  # what cannot be had is refused before anything is measured
     job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens)
     console.note(f"measuring what {len(specs):,} linears lose, into {path.name}; the rest follows")
-    return measure_job(job, path, console).losses
+    return measure_job(job, path, console)
 
 
 def measure(
@@ -165,10 +167,7 @@ def expected_losses(found: Measurement, recipe: Recipe) -> dict[float, float]:
 
 def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> Measurement:
     if recipe.mixing is None:
-        raise UsageError(
-            "only methods that mix bits are measured for",
-            hint="leave --method out, or name gptq and a number of bits such as 3.5",
-        )
+        raise UsageError("only methods that mix bits are measured for", hint="name exl2, gptq or bnb, or none")
     _check_device(recipe.resources.device)
     folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
     checkpoint = open_checkpoint(folder, native=recipe.native.options)

@@ -245,7 +245,8 @@ def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: A
 @_source
 @options(
     click.option("-o", "--output", "file", required=True, metavar="FILE", type=click.Path(path_type=Path)),
-    click.option("--method", help="For which method: exl2, gptq.  [default: exl2]"),
+    click.option("--method", help="For which method: exl2, gptq, bnb.  [default: exl2]"),
+    click.option("--quant-type", help="bnb: nf4 or fp4.  [default: nf4]"),
     click.option("--group-size", type=int, help="gptq: 32, 64, 128 or -1 (a row).  [default: each linear chooses]"),
     click.option("--sym/--no-sym", default=None, help="gptq: no zero points, or with.  [default: sym]"),
     *_calibration_options,

@@ -144,7 +144,8 @@ Losses = Mapping[str, Mapping[str, float]]  # in nats a token, by module and mix
 class Allocated:
     """bits: per weight of all linears, companions included. loss: expected, in nats a token, None where nothing was
     measured; bound: no allocation from these losses can have less. assumed: a stand-in decided. head: the module that
-    is quantized beside them, with bits of its own. dense: those of the linears that stay as they are."""
+    is quantized beside them, with bits of its own. dense: those of the linears that stay as they are. text, tokens:
+    what was measured on, and the SHA-256 of its ids."""
 
     bits: float
     loss: float | None
@@ -152,6 +153,8 @@ class Allocated:
     assumed: bool
     head: str | None = None
     dense: tuple[Linear, ...] = ()
+    text: str = ""
+    tokens: str = ""
 
 
 def allocated(mixing: Mixing[M], params: M, specs: Sequence[WeightSpec], losses: Losses | None) -> tuple[M, Allocated]:

@@ -22,7 +22,7 @@ from quantkit.job_memory import memory_of, streams_of
 from quantkit.layouts import Checkpoint, Target, make_hf_target, mistral_target
 from quantkit.layouts.base import MANIFEST as MANIFEST_NAME
 from quantkit.layouts.hf import index_text
-from quantkit.measurement import ROWS, Losses
+from quantkit.measurement import ROWS, Measurement
 from quantkit.methods.base import WeightSpec
 from quantkit.plans import (
     CARD,
@@ -56,8 +56,8 @@ _SINGLE_ROW = (
     "at it",
 )
 _ASSUMED = (
-    "bits are not measured yet: which linears get how many is a stand-in, their sum is not. A run measures first, or "
-    "`quantkit measure` does",
+    "bits are not measured yet: which linears get how many is a stand-in, within the same budget, and sizes are near "
+    "what they will be. A run measures first, or `quantkit measure` does; a plan with that is exact",
 )
 _NO_PLOT = ("no plot of the bits without matplotlib: `pip install quantkit[plot]`",)
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -104,10 +104,10 @@ def source_tensors(checkpoint: Checkpoint) -> list[SourceTensor]:
 
 
 def make_plan(
-    recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: bool = True, losses: Losses | None = None
+    recipe: Recipe, checkpoint: Checkpoint, origin: Origin, *, quiet: bool = True, measured: Measurement | None = None
 ) -> Plan:
-    """The plan. Raises SourceError or UsageError where the job cannot be done. losses: for a method that mixes bits,
-    what was measured; without, a stand-in decides."""
+    """The plan. Raises SourceError or UsageError where the job cannot be done. measured: for a method that mixes
+    bits, what its linears lose; without, a stand-in decides."""
     if (how := quantized_already(checkpoint)) is not None:
         reason = "the source is quantized already"
         if recipe.convert is not None:
@@ -118,7 +118,9 @@ def make_plan(
     chosen, tokens = Chosen(), None
     if recipe.quantize is not None or recipe.prune is not None:
         _check_device(recipe)
-        chosen = choose(recipe, checkpoint, tensors, losses)
+        chosen = choose(recipe, checkpoint, tensors, None if measured is None else measured.losses)
+        if chosen.allocation is not None and measured is not None:
+            chosen = replace(chosen, allocation=replace(chosen.allocation, text=measured.text, tokens=measured.tokens))
         if recipe.quantize is not None:
             quantize = recipe.quantize.model_copy(update={"params": chosen.params})
             recipe = recipe.model_copy(update={"quantize": quantize})

@@ -150,7 +150,10 @@ def _allocation(plan: Plan, found: Allocated) -> dict[str, Any]:
         }
         for kind, own in kinds.items()
     ]
-    known = {} if found.loss is None else {"expected_kl": _short(found.loss), "bound": _short(found.bound)}
+    known: dict[str, Any] = (
+        {} if found.loss is None else {"expected_kl": _short(found.loss), "bound": _short(found.bound)}
+    )
+    known |= {"text": found.text, "tokens_sha256": found.tokens} if known and found.text else {}
     plot = {"plot": ALLOCATION} if ALLOCATION in plan.generated else {}
     return {"bits": round(found.bits, 4), **known, **head, **plot, "rows": rows}
 
@@ -403,6 +406,8 @@ def _pruning(manifest: Mapping[str, Any]) -> Pruning | None:
 def _command(manifest: Mapping[str, Any]) -> str:
     """The command that makes this folder again, with a stand-in for the output path."""
     recipe, source = manifest["recipe"], manifest["source"]
+    if "allocation" in manifest:  # its recipe has the bits of every linear, and needs no measurement
+        return "quantkit run recipe.yaml -o OUT"
     quantize, convert, prune = recipe.get("quantize"), recipe.get("convert", {}), recipe.get("prune", {})
     verb = "quantize" if quantize else "prune" if prune else "convert"
     words = ["quantkit", verb, source["name"], "-o", "OUT"]
@@ -463,7 +468,7 @@ def _prune_options(prune: Mapping[str, Any]) -> list[str]:
 
 # Keys of a recipe's quantize block, and the values that need not be said.
 _SAID = {"group_size": None, "act_order": "static", "effort": "default", "damp": 0.03, "checkpoint_format": "gptq",
-         "format": "gptq", "min_bits": 0.0, "max_bits": 16.0, "head_bits": 6}  # fmt: skip
+         "format": "gptq", "min_bits": 0.0, "max_bits": 32.0, "head_bits": 6}  # fmt: skip
 
 
 def _method_options(quantize: Mapping[str, Any]) -> list[str]:

@@ -146,10 +146,12 @@ def test_the_command_on_the_card_makes_it_again(made: tuple[Path, Path], tmp_pat
     card = (out / "README.md").read_text()
     line = next(line for line in card.split("\n") if line.startswith("quantkit ") and "OUT" in line)
     shutil.copytree(source, tmp_path / "source")
-    words = line.replace("-o OUT", "-o again").replace("calib.txt", "source/calib.txt").split()
+    (written,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(written.replace("calib.txt", "source/calib.txt"))
+    words = line.replace("-o OUT", "-o again").split()
     subprocess.run([sys.executable, "-m", *words, "--quiet"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-    for word in ("exllamav2", "Expected KL divergence", "`mlp.down_proj`", "Other tensors | fp16"):
+    for word in ("exllamav2", "Expected KL divergence from the parent: ", "Measured on `calib.txt`", "`mlp.down_proj`", "Other tensors | fp16"):
         assert word in card
     assert str(source.parent) not in card
 
@@ -239,6 +241,7 @@ def test_pruned_too(made: tuple[Path, Path], tmp_path: Path) -> None:
     assert not found.problems
     assert found.pruned is not None
     assert found.pruned.zeros >= found.pruned.weights / 2
+    assert "Without what pruning costs, the expected KL divergence" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_32_does_not_divide_stays_dense(tmp_path: Path) -> None:

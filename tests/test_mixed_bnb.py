@@ -63,6 +63,14 @@ def test_what_stays_is_equal_bit_for_bit_and_the_rest_is_nf4(made: tuple[Path, P
             assert (name.removesuffix(".weight") in dense) <= same
 
 
+def test_float32_takes_32_bits(tmp_path: Path) -> None:
+    """As they lie on disk, beside those of NF4."""
+    _, out = make(tmp_path, "bnb", 20, halves=False, num_hidden_layers=2)
+    found = manifest(out)
+    assert "dense" in found["recipe"]["quantize"]["mixes"].values()
+    assert 8 < found["allocation"]["bits"] <= 20
+
+
 def test_more_bits_lose_less(made: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = made
     quantkit.quantize(source, tmp_path / "more", recipe(source, 13, measurement=f"{out}.measurement.json"))

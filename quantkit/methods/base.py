@@ -27,9 +27,9 @@ class Mixed(Parameters):
     in the method's own names (Mixing). importance: by how much the losses of some linears count more, or less, than
     was measured; of several patterns that match one, the last."""
 
-    bits: float = Field(4.0, gt=0, le=16, description="bits per weight of the linears together, at the most")
-    min_bits: float = Field(0.0, ge=0, le=16, description="bits per weight of every linear, at the least")
-    max_bits: float = Field(16.0, gt=0, le=16, description="bits per weight of every linear, at the most")
+    bits: float = Field(4.0, gt=0, le=32, description="bits per weight of the linears together, at the most")
+    min_bits: float = Field(0.0, ge=0, le=32, description="bits per weight of every linear, at the least")
+    max_bits: float = Field(32.0, gt=0, le=32, description="bits per weight of every linear, at the most")
     mixes: dict[str, str] = Field(default_factory=dict, description="mixes by module or pattern; others are allocated")
     importance: dict[str, float] = Field(default_factory=dict, description="factors of losses by module or pattern")
     measurement: str | None = Field(None, description="file of what each linear loses in each mix; else measured first")

@@ -18,9 +18,9 @@ DENSE = "dense"
 
 
 class MixedBnb(Bnb4bit, Mixed):
-    """bitsandbytes 4-bit, and 16 bits where they are worth most."""
+    """bitsandbytes 4-bit, and the bits of the source where they are worth most."""
 
-    bits: float = Field(5.0, gt=0, le=16, description="bits per weight of the linears together, at the most")
+    bits: float = Field(5.0, gt=0, le=32, description="bits per weight of the linears together, at the most")
 
     @field_validator("mixes")
     @classmethod
@@ -69,7 +69,7 @@ class _Trial:
 
 def _describe(params: MixedBnb) -> Description:
     about = bnb_4bit.describe(params)
-    settings = (("Bits", f"at most {params.bits:g} per weight of the linears, in 4 or 16 each"), *about.settings)
+    settings = (("Bits", f"at most {params.bits:g} per weight of the linears, in 4 each or as the source has them"), *about.settings)
     tags = tuple(tag for tag in about.tags if tag != "4-bit")
     return replace(about, slug=f"{about.slug}-{params.bits:g}", tags=tags, settings=settings)
 
