@@ -69,7 +69,8 @@ class _Trial:
 
 def _describe(params: MixedBnb) -> Description:
     about = bnb_4bit.describe(params)
-    settings = (("Bits", f"at most {params.bits:g} per weight of the linears, in 4 each or as the source has them"), *about.settings)
+    bits = f"at most {params.bits:g} per weight of the linears, in 4 each or as the source has them"
+    settings = (("Bits", bits), *about.settings)
     tags = tuple(tag for tag in about.tags if tag != "4-bit")
     return replace(about, slug=f"{about.slug}-{params.bits:g}", tags=tags, settings=settings)
 
