@@ -180,7 +180,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The first line of an error: three lines, exit code 2, no traceback."""
     capsys.readouterr()  # what was said until here
     with pytest.raises(SystemExit) as ended:
-        main(["eval", *map(str, arguments), "--quiet"])
+        main(["eval", *map(str, arguments), "--quiet", "--no-record"])
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2, lines
     assert 1 <= len(lines) <= 3, lines
