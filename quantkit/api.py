@@ -329,7 +329,7 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     shots: int | None = None,
-    include: Path | None = None,
+    include: str | Path | None = None,
     record: bool = False,
     threads: int | None = None,
     device: str = "cpu",

@@ -39,7 +39,7 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     shots: int | None = None,
-    include: Path | None = None,
+    include: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
     console: Console,
@@ -57,7 +57,7 @@ def evaluate_tasks(
             "tasks are for the Hugging Face layout, whose tokenizer the harness works with", where=name,
             hint="make such a folder of it with `quantkit convert --to hf`",
         )  # fmt: skip
-    if include is not None and not include.is_dir():
+    if include is not None and not Path(include).is_dir():
         raise UsageError("there is no such folder of tasks", where=str(include))
     import lm_eval
     from lm_eval.tasks import TaskManager
