@@ -266,6 +266,8 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     from quantkit import api
 
     console = Console(json=as_json, quiet=quiet)
+    if options["method"] == "rtn":
+        raise UsageError("rtn does not mix bits, so there is nothing to measure for it", hint="name exl2, gptq or bnb")
     named = {"method": "exl2", "min_bits": 0.0} | {key: value for key, value in options.items() if value is not None}
     recipe = _recipe(named, "quantize")  # min_bits: whatever they are, they are mixed
     found = api.measure_recipe(recipe, file, console=console)

@@ -175,7 +175,7 @@ def _upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     with _explained(repo_id, "nothing was committed"):
-        _check_card(files[README])
+        _check_card(files[README].parent)
         # None leaves it to what its owner, who may be an organization, has chosen for new ones.
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id).private:
@@ -221,15 +221,15 @@ def _upload(
     return Pushed(repo_id, url, commit, tuple(sorted(wanted)), nbytes, nbytes_changed, tuple(foreign))
 
 
-def _check_card(path: Path) -> None:
+def _check_card(folder: Path) -> None:
     """VerifyError for a card that the Hub refuses; asked before anything is sent."""
     from huggingface_hub import ModelCard
 
     try:
-        ModelCard(path.read_text(encoding="utf-8", errors="replace")).validate()
+        ModelCard(read_card(folder)).validate()
     except ValueError as e:
         raise VerifyError(
-            f"the Hub refuses the card: {' '.join(str(e).split())[:300]}", where=str(path),
+            f"the Hub refuses the card: {' '.join(str(e).split())[:300]}", where=str(folder / README),
             hint="mend its front matter, or write the card anew with `quantkit card`",
         ) from None  # fmt: skip
 
