@@ -3,8 +3,8 @@
 `mixed_bits.py --calib valid.txt --text test.txt` quantizes the real SmolLM2-135M in every way named, and prints bits
 per weight of its linears as they lie on disk, seconds, peak RSS, perplexity, and the KL divergence from the model as it
 was, in nats a token. What linears lose is measured once for
-each method that mixes bits, in a row of its own. --model, --samples, --length, --windows and --effort change what is
-run; --exl2, --mixed, --uniform and --nf4 what of it.
+each method that mixes bits, in a row of its own. --model, --samples, --length, --seed, --windows and --effort change
+what is run; --exl2, --mixed, --uniform and --nf4 what of it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def measurement(a: argparse.Namespace, method: str, calibration: list[str], work
 def jobs(a: argparse.Namespace, work: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(method, what is asked of it, options)"""
     calibration = ["--calib", str(a.calib), "--calib-samples", str(a.samples), "--calib-length", str(a.length)]
+    calibration += ["--calib-seed", str(a.seed)] if a.seed is not None else []
     solved = [*calibration, "--effort", a.effort]
     for method, wanted in (("exl2", a.exl2), ("gptq", a.mixed)):
         if wanted:
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder where measurements are kept, and found again")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--seed", type=int, help="draw the rows; otherwise they are taken from the beginning")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--effort", default="default")
     parser.add_argument("--exl2", default="2.5,3,3.5,4,5,6", help="bits per weight")

@@ -122,12 +122,12 @@ def scores_text(scores: Sequence[TaskScore]) -> str:
 
 
 def pushed_text(found: Pushed) -> str:
-    files = f"{len(found.files):,}, {human_bytes(found.nbytes)}"
+    files = f"{len(found.files):,} files, {human_bytes(found.nbytes)}"
     if not found.commit:
         return table([("repository", found.repo_id), ("would hold", files), *(("", name) for name in found.files)])
     rows = [
         ("repository", found.repo_id),
-        ("files", files),
+        ("holds", files),
         ("changed", human_bytes(found.changed)),
         *([("deleted", ", ".join(found.deleted))] if found.deleted else []),
         ("commit", found.commit),

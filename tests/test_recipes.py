@@ -169,6 +169,31 @@ FULL: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def test_memory_document(tmp_path: Path) -> None:
+    """docs/memory.md says what a plan of Mistral-7B says."""
+    _, _, config = FULL["mistral-7b-instruct-v0.2-wanda-2pct"]
+    source = full_size(tmp_path / "source", "mistral", config)
+    text = tmp_path / "text.txt"
+    text.write_text(text_of(80_000) * 5)
+    calibrated = {"calibration.text": str(text), "calibration.samples": 64, "calibration.length": 1024}
+    jobs: list[dict[str, Any]] = [
+        {"quantize.bits": 4},
+        {"quantize.method": "gptq", **calibrated},
+        {"quantize.method": "exl2", "quantize.bits": 4.0, **calibrated},
+        {"prune.method": "wanda", "prune.sparsity": 0.02, **calibrated},
+    ]
+    plans = [
+        api.plan_recipe(load_recipe(None, options={"source": str(source), "resources.threads": 2, **options}))[0]
+        for options in jobs
+    ]
+    layers = plans[1].memory.layers
+    assert layers is not None
+    row = [plans[0].source_bytes, *(job.memory.peak for job in plans), layers.scratch, plans[0].weight_bytes]
+    digits = (1, 2, 2, 2, 2, 1, 2)
+    said = " | ".join(f"{n / 1e9:.{d}f}" for n, d in zip(row, digits, strict=True))
+    assert f"| Mistral-7B | {said} |" in (FOLDER.parent / "docs" / "memory.md").read_text()
+
+
 def full_size(folder: Path, kind: str, config: dict[str, Any]) -> Path:
     """A folder of that configuration with an index and no weights: what of a model is known before it is fetched."""
     folder.mkdir()
