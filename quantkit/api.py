@@ -37,6 +37,8 @@ from quantkit.measurer import Job
 from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
 from quantkit.output import check_place
+from quantkit.parts import execute_part, job_recipe
+from quantkit.parts import finish as finish_parts
 from quantkit.patterns import matches
 from quantkit.planner import linears_to_mix, make_plan, source_tensors, tokens_for
 from quantkit.plans import Origin, Plan
@@ -44,6 +46,7 @@ from quantkit.recipe import Recipe, build_recipe
 from quantkit.restored import open_files, open_source
 from quantkit.runner import Outcome, execute
 from quantkit.seal import Seal, seal
+from quantkit.sharing import Part, parse_part
 from quantkit.verifier import Verification, verify_folder
 
 _QUIET = Console(quiet=True)
@@ -244,14 +247,35 @@ def prune(
     return run_recipe(build_recipe({**table, "source": str(source), "output": str(out)}), force=force, console=console)
 
 
-def run_recipe(recipe: Recipe, *, force: bool = False, console: Console = _QUIET) -> Outcome:
+def run_recipe(recipe: Recipe, *, force: bool = False, part: str | None = None, console: Console = _QUIET) -> Outcome:
+    """Does what a recipe says; see `quantkit.runner.execute` for what is raised. part: "3/8", only the third of eight
+    parts, for processes that share the work; `finish` makes a model of the folder when all are done."""
     if not recipe.output:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
     _check_device(recipe.resources.device)
     started = time.monotonic()
-    job, checkpoint = plan_recipe(recipe, data_present=True, measuring=True, force=force, console=console)
-    made = execute(job, checkpoint, expand(recipe.output), console, force=force)
+    share = None if part is None else parse_part(part)
+    if share is not None and force:
+        raise UsageError(
+            "--force would take from the other parts what they did",
+            where=recipe.output,
+            hint="delete the folder yourself",
+        )
+    job, checkpoint = plan_recipe(recipe, data_present=True, measuring=share is None, force=force, console=console)
+    out = expand(recipe.output)
+    if share is None:
+        made = execute(job, checkpoint, out, console, force=force)
+    else:
+        made = execute_part(job, checkpoint, out, share, console)
     return replace(made, seconds=time.monotonic() - started)
+
+
+def finish(out: str | Path, *, source: str | None = None, console: Console = _QUIET) -> Outcome:
+    """Makes a model of a folder whose parts are all done; see `quantkit.parts.finish` for what is raised. source: where
+    the model they are made from lies here, if elsewhere than for the first part."""
+    started = time.monotonic()
+    job, checkpoint = plan_recipe(job_recipe(Path(out), source), data_present=True, console=console)
+    return replace(finish_parts(job, checkpoint, Path(out), console), seconds=time.monotonic() - started)
 
 
 def _check_device(device: str) -> None:
@@ -268,16 +292,23 @@ def _check_device(device: str) -> None:
 
 
 def verify(
-    folder: str | Path, *, source: str | None = None, quick: bool = False, console: Console = _QUIET
+    folder: str | Path,
+    *,
+    source: str | None = None,
+    quick: bool = False,
+    part: str | None = None,
+    console: Console = _QUIET,
 ) -> Verification:
-    """Checks a written folder. Returns what was found wrong; raises UsageError if it is not ours to check."""
+    """Checks a written folder. Returns what was found wrong; raises UsageError if it is not ours to check. part: "3/8",
+    only the third of eight parts of what weights are read for; all headers are, in each."""
+    share = Part(1, 1) if part is None else parse_part(part)
     folder = Path(folder)
     parent = Path(source) if source is not None else None
     # What verify_folder will refuse is not fetched first.
     if source is not None and not quick and (folder / "quantkit.json").is_file():
         commit, layout = _recorded(folder, source)
         parent, _ = resolve(source, commit, quiet=console.quiet, prefer=layout)
-    return verify_folder(folder, parent, quick=quick, console=console)
+    return verify_folder(folder, parent, quick=quick, console=console, part=share)
 
 
 def evaluate(

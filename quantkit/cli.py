@@ -116,6 +116,7 @@ _output = options(
     click.option("-o", "--output", "out", metavar="OUT", help="Folder to write."),
     click.option("--force", is_flag=True, help="Replace what an earlier run left in OUT."),
     click.option("--dry-run", is_flag=True, help="Only plan."),
+    click.option("--part", metavar="I/N", help="Only the I-th of N parts; `quantkit finish` when all are done."),
 )
 
 
@@ -208,9 +209,9 @@ def plan(as_json: bool, quiet: bool, **options: Any) -> None:
 @_common_options
 @_output
 @output_options
-def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, part: str | None, **options: Any) -> None:
     """Quantize SRC into OUT. The same command resumes an interrupted run."""
-    _plan_or_run(_recipe(options, "quantize"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+    _plan_or_run(_recipe(options, "quantize"), Console(json=as_json, quiet=quiet), force, dry_run, part)
 
 
 @cli.command()
@@ -219,12 +220,12 @@ def quantize(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: 
 @_common_options
 @_output
 @output_options
-def prune(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+def prune(as_json: bool, quiet: bool, force: bool, dry_run: bool, part: str | None, **options: Any) -> None:
     """Set weights of SRC to zero, into OUT: a part of them, or N of every M. The same command resumes.
 
     To prune and quantize at once, write a recipe with both blocks and `quantkit run` it.
     """
-    _plan_or_run(_recipe(options, "prune"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+    _plan_or_run(_recipe(options, "prune"), Console(json=as_json, quiet=quiet), force, dry_run, part)
 
 
 @cli.command()
@@ -233,12 +234,12 @@ def prune(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any
 @_common_options
 @_output
 @output_options
-def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+def convert(as_json: bool, quiet: bool, force: bool, dry_run: bool, part: str | None, **options: Any) -> None:
     """Write SRC into OUT in another layout: Mistral's own (params.json) or Hugging Face's.
 
     Every tensor is mapped back and compared with the source. The same command resumes an interrupted run.
     """
-    _plan_or_run(_recipe(options, "convert"), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+    _plan_or_run(_recipe(options, "convert"), Console(json=as_json, quiet=quiet), force, dry_run, part)
 
 
 @cli.command()
@@ -286,28 +287,43 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any key of the recipe.")
 @_output
 @output_options
-def run(as_json: bool, quiet: bool, force: bool, dry_run: bool, **options: Any) -> None:
+def run(as_json: bool, quiet: bool, force: bool, dry_run: bool, part: str | None, **options: Any) -> None:
     """Do what a recipe file says."""
-    _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force=force, dry_run=dry_run)
+    _plan_or_run(_recipe(options), Console(json=as_json, quiet=quiet), force, dry_run, part)
+
+
+@cli.command()
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--source", metavar="SRC", help="Where the source lies here.  [default: as for the first part]")
+@output_options
+def finish(folder: Path, source: str | None, as_json: bool, quiet: bool) -> None:
+    """Make a model of a folder whose parts (--part I/N) are all done."""
+    from quantkit import api
+
+    outcome = api.finish(folder, source=source, console=Console(json=as_json, quiet=quiet))
+    data = {**asdict(outcome), "out": str(outcome.out)}
+    Console(json=as_json, quiet=quiet).result(data, outcome_text(outcome))
 
 
 @cli.command()
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--source", metavar="SRC", help="Also compare every tensor with what it was made from.")
 @click.option("--quick", is_flag=True, help="Headers and sizes only.")
+@click.option("--part", metavar="I/N", help="All headers, and of what else is read the I-th of N parts.")
 @output_options
-def verify(folder: Path, source: str | None, quick: bool, as_json: bool, quiet: bool) -> None:
+def verify(folder: Path, source: str | None, quick: bool, part: str | None, as_json: bool, quiet: bool) -> None:
     """Prove a written folder; exit code 3 and a list if anything is wrong."""
     from quantkit import api
 
     console = Console(json=as_json, quiet=quiet)
-    found = api.verify(folder, source=source, quick=quick, console=console)
+    found = api.verify(folder, source=source, quick=quick, part=part, console=console)
     rows = [
         ("files", f"{found.files} {'sizes' if quick else 'checksums'} compared"),
         ("tensors", f"{found.tensors:,} headers compared, {found.quantized:,} quantized"),
     ]
     if found.quantized:
-        rows.append(("decoded", "skipped (--quick)" if quick else f"{found.quantized:,}"))
+        decoded = f"{found.quantized:,}" if part is None else f"those of part {part}"
+        rows.append(("decoded", "skipped (--quick)" if quick else decoded))
     if source is not None:
         but_zeros = f", {found.equal_but_zeros:,} but for zeros" if found.equal_but_zeros else ""
         rows.append(("source", f"{found.compared:,} tensors compared, {found.equal:,} equal bit for bit{but_zeros}"))
@@ -347,15 +363,14 @@ def _print_plan(recipe: Recipe, console: Console) -> None:
     console.result(job.to_json(), plan_text(job))
 
 
-def _plan_or_run(recipe: Recipe, console: Console, *, force: bool, dry_run: bool) -> None:
+def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, part: str | None) -> None:
     if dry_run:
         _print_plan(recipe, console)
         return
     from quantkit import api
 
-    outcome = api.run_recipe(recipe, force=force, console=console)
-    data = {**asdict(outcome), "out": str(outcome.out)}
-    console.result(data, outcome_text(outcome))
+    outcome = api.run_recipe(recipe, force=force, part=part, console=console)
+    console.result({**asdict(outcome), "out": str(outcome.out)}, outcome_text(outcome, part))
 
 
 def _usage_error(e: click.ClickException) -> UsageError:

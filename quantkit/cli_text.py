@@ -69,11 +69,12 @@ def _job_rows(job: Plan) -> list[tuple[str, str]]:
     return [*rows, ("quantized", quantized), ("bits per weight", bits)]
 
 
-def outcome_text(outcome: Outcome) -> str:
+def outcome_text(outcome: Outcome, part: str | None = None) -> str:
     if outcome.already_done:
         return f"{outcome.out} is finished already; `quantkit verify` checks it"
     rows = [
         ("folder", str(outcome.out)),
+        *([("part", part)] if part else []),
         (
             "tensors",
             f"{outcome.units:,}" + (f", {outcome.reused:,} kept from an earlier run" if outcome.reused else ""),
@@ -82,7 +83,9 @@ def outcome_text(outcome: Outcome) -> str:
         *([("zeros", _zeros_text(outcome.zeros, outcome.source_zeros))] if outcome.zeros is not None else []),
         ("seconds", f"{outcome.seconds:.1f}"),
         ("peak RAM", human_bytes(outcome.peak_rss)),
-        ("card", str(outcome.out / "README.md")),
+        ("next", f"`quantkit finish {outcome.out}`, when all parts are done")
+        if part
+        else ("card", str(outcome.out / "README.md")),
     ]
     return table(rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,14 +25,17 @@ class Committer(threading.Thread):
     """Makes finished units durable, in batches: data synced, then journalled, then hashed. Its failure is the run's:
     kept, and raised where the main thread looks."""
 
-    def __init__(self, plan: Plan, writer: ShardWriter, journal: Journal, done: set[str], seal: Seal) -> None:
+    def __init__(
+        self, plan: Plan, shards: Sequence[Shard], writer: ShardWriter, journal: Journal, done: set[str], seal: Seal
+    ) -> None:
+        """shards: those to be hashed."""
         super().__init__(name="committer", daemon=True)
         self.failure: BaseException | None = None
         self.writer, self.journal, self.seal = writer, journal, seal
         self.queue: queue.SimpleQueue[tuple[Unit, Report] | _Note | None] = queue.SimpleQueue()
         outputs = {t.name: u.name for u in plan.units for t in u.outputs}
         buffer = memoryview(bytearray(HASH_BUFFER))
-        self.frontiers = [_Frontier(s, writer, outputs, buffer, seal) for s in plan.shards]
+        self.frontiers = [_Frontier(s, writer, outputs, buffer, seal) for s in shards]
         self.done = done
 
     def put(self, unit: Unit, report: Report) -> None:
@@ -184,15 +187,17 @@ def _in_order(units: Sequence[Unit], shard: Shard) -> list[Unit]:
 
 class SourceHashes:
     """SHA-256 of every source file, fed with what the run reads; what it skips is read for the hash alone. Files that
-    an earlier run hashed are not hashed again."""
+    an earlier run hashed are not hashed again. wanted: those to hash, if not all of them."""
 
-    def __init__(self, files: SourceFiles, journal: Journal, known: dict[str, str]) -> None:
+    def __init__(
+        self, files: SourceFiles, journal: Journal, known: Mapping[str, str], wanted: Collection[str] | None = None
+    ) -> None:
         self.journal, self.digests = journal, dict(known)
         buffer = memoryview(bytearray(HASH_BUFFER))
         self.open = {
             name: TrailingHash(partial(files.pread, name), file.nbytes, buffer)
             for name, file in files.files.items()
-            if name not in known
+            if name not in known and (wanted is None or name in wanted)
         }
 
     def feed(self, file: str, offset: int, data: Array) -> None:

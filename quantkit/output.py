@@ -19,6 +19,7 @@ from quantkit.plots import LAYERS
 PARTIALS = (".safetensors" + PARTIAL, ".pth" + PARTIAL)
 COMMITS = ("config.json", "params.json")  # written last, one or the other: see layouts.Target.config_file
 EVALUATION = "evaluation.json"
+JOB = "job.json"  # in OUT/.quantkit: the job is done in parts
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
@@ -27,20 +28,9 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     the folder holds the finished result already. Raises OutputError; nothing is touched then."""
     check_place(out, checkpoint.folder, force=force)
     names = _names(out)
-    finished = _finished_hash(out)
     unfinished = (out / FOLDER / "journal").exists()
-    if finished == plan.hash and not unfinished and not force:
-        damaged = [f.name for f in plan.files if f.role != CARD and not _has_size(out / f.name, f.nbytes)]
-        if damaged:
-            raise OutputError(
-                f"the folder was finished once, but {damaged[0]} is missing or of another size now",
-                where=str(out), hint="write it again with --force",
-            )  # fmt: skip
-        with suppress(OSError):  # a crash at the very last step may have left the journal's folder, empty
-            (out / FOLDER).rmdir()
+    if not unfinished and not force and is_finished(out, plan):
         return None
-    if names and not unfinished and not force:
-        raise _occupied(out, "holds the result of another plan")
     ours = _ours(out, plan, unfinished=unfinished)
     foreign = [n for n in names if n.endswith(WEIGHT_SUFFIXES) and n not in ours]
     if force and foreign:
@@ -81,10 +71,43 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     return journal
 
 
-def check_place(out: Path, source: Path, *, force: bool, quantize: Mapping[str, Any] | None = None) -> None:
+def is_finished(out: Path, plan: Plan) -> bool:
+    """Whether a folder without an unfinished run in it is the plan's result. OutputError if it is another one's, or is
+    damaged."""
+    if _finished_hash(out) == plan.hash:
+        damaged = [f.name for f in plan.files if f.role != CARD and not _has_size(out / f.name, f.nbytes)]
+        if damaged:
+            raise OutputError(
+                f"the folder was finished once, but {damaged[0]} is missing or of another size now",
+                where=str(out), hint="write it again with --force",
+            )  # fmt: skip
+        with suppress(OSError):  # a crash at the very last step may have left the journal's folder, empty
+            (out / FOLDER).rmdir()
+        return True
+    if _names(out):
+        raise _occupied(out, "holds the result of another plan")
+    return False
+
+
+def check_place(
+    out: Path, source: Path, *, force: bool, quantize: Mapping[str, Any] | None = None, parts: bool = False
+) -> None:
     """OutputError where nothing can be written, whatever the plan. quantize: keys of the recipe's block that are known
-    before there is a plan: a folder that was made with others holds another one's result."""
+    before there is a plan: a folder that was made with others holds another one's result. parts: whether a part of a
+    job is to be written; only such may be added to others."""
     _check_apart(out, source)
+    if (out / FOLDER / JOB).exists():
+        if parts:
+            return
+        raise OutputError(
+            "the output folder holds parts of a job", where=str(out),
+            hint="do the others with --part and then `quantkit finish`, name another -o, or delete the folder",
+        )  # fmt: skip
+    if parts and (out / FOLDER / "journal").exists():
+        raise OutputError(
+            "the output folder holds an unfinished run of a whole job", where=str(out),
+            hint="finish it without --part, name another -o, or discard it with --force and no --part",
+        )  # fmt: skip
     if os.path.exists(out) and not out.is_dir():
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     names = _names(out)

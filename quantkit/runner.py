@@ -17,10 +17,11 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,34 +72,29 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
     started = time.monotonic()
     journal = open_output(out, plan, checkpoint, force=force)
     if journal is None:
-        return _outcome(out, plan, started, len(plan.units), already=True)
+        return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:
         console.warn(warning)
     try:
-        done = {str(e["unit"]): Report.from_row(e["report"]) for e in journal.entries if "unit" in e}
-        crcs = {str(e["unit"]): int(e["crc"]) for e in journal.entries if "crc" in e}
-        sources = {str(e["source"]): str(e["sha256"]) for e in journal.entries if "source" in e}
-        layouts = [FileLayout(s.name, s.fixed, s.nbytes) for s in plan.shards]
-        writer = ShardWriter(out, layouts)
+        kept = Kept.read(journal.entries)
+        writer = ShardWriter(out, layouts(plan))
         lost = {u.name for u in plan.units if any(t.file in writer.fresh for t in u.outputs)}
-        done = {name: report for name, report in done.items() if name not in lost}
+        kept = kept.without(lost)
         layers = LayersDone.read(journal.entries)
         if lost or not can_resume(plan, out, layers):
             layers = LayersDone(sparsities=layers.sparsities)
         # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.
         half = {u.name for u in plan.units if u.calibrated and u.linear and u.linear.layer >= layers.layers}
-        done = {name: report for name, report in done.items() if name not in half}
+        kept = kept.without(half)
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
-                run = _Run(plan, checkpoint, files, writer, journal, console, done, sources, crcs)
+                run = Run(plan, checkpoint, files, writer, journal, console, kept)
                 measured = run.run(out, layers)
                 files.check_unchanged()
             writer.commit()
         finally:
             writer.close()
-        _publish(plan, checkpoint, out, measured)
-        if plan.checked and plan.recipe.quantize is None:
-            _reopen(plan, out)
+        publish(plan, checkpoint, out, measured)
         shutil.rmtree(scratch(out), ignore_errors=True)
         journal.remove()
     except NotFiniteError:
@@ -114,21 +110,60 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         raise write_error(e, Path(e.filename or out)) from None
     finally:
         journal.close()
-    outcome = _outcome(out, plan, started, len(done))
-    if not plan.pruned:
+    return outcome_of(out, plan, started, len(kept.reports), measured)
+
+
+def outcome_of(
+    out: Path, plan: Plan, started: float, reused: int, measured: Measured | None, *, part: Share | None = None
+) -> Outcome:
+    """measured: None if there was nothing to do."""
+    units = plan.units if part is None else part.units
+    checked = _checked(units) if plan.checked and measured is not None else ""
+    outcome = Outcome(out, measured is None, time.monotonic() - started, _peak_rss(), len(units), reused, checked)
+    if measured is None or not plan.pruned:
         return outcome
-    reports = [measured.reports[u.name] for u in plan.pruned]
+    reports = [measured.reports[u.name] for u in units if u.pruned]
     zeros, before = sum(r.zeros for r in reports), sum(r.source_zeros for r in reports)
     return replace(outcome, zeros=zeros, source_zeros=before)
 
 
-def _outcome(out: Path, plan: Plan, started: float, reused: int, *, already: bool = False) -> Outcome:
-    checked = _checked(plan) if plan.checked and not already else ""
-    return Outcome(out, already, time.monotonic() - started, _peak_rss(), len(plan.units), reused, checked)
+def layouts(plan: Plan) -> list[FileLayout]:
+    return [FileLayout(s.name, s.fixed, s.nbytes) for s in plan.shards]
 
 
-def _checked(plan: Plan) -> str:
-    copied = [u for u in plan.units if u.linear is None and not u.cast]
+@dataclass(frozen=True)
+class Kept:
+    """What a journal says is done: reports and CRC-32s by unit, SHA-256s of files read, and of files written."""
+
+    reports: Mapping[str, Report]
+    crcs: Mapping[str, int]
+    sources: Mapping[str, str]
+    shards: Mapping[str, str]
+
+    @classmethod
+    def read(cls, entries: Sequence[Mapping[str, Any]]) -> Kept:
+        return cls(
+            {str(e["unit"]): Report.from_row(e["report"]) for e in entries if "unit" in e},
+            {str(e["unit"]): int(e["crc"]) for e in entries if "crc" in e},
+            {str(e["source"]): str(e["sha256"]) for e in entries if "source" in e},
+            {str(e["shard"]): str(e["sha256"]) for e in entries if "shard" in e},
+        )
+
+    def without(self, units: set[str]) -> Kept:
+        return replace(self, reports={name: r for name, r in self.reports.items() if name not in units})
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a run does of a plan: units, and files, read and written, of which it has all and which it hashes."""
+
+    units: tuple[Unit, ...]
+    sources: frozenset[str]
+    shards: frozenset[str]
+
+
+def _checked(units: Iterable[Unit]) -> str:
+    copied = [u for u in units if u.linear is None and not u.cast]
     decoded = sum(u.source.scales is not None for u in copied)
     same = f"{len(copied) - decoded:,} tensors mapped back, each equal to the source bit for bit"
     return same + (f"; {decoded:,} from FP8 equal to what was decoded" if decoded else "")
@@ -166,7 +201,9 @@ class _Open:
             return None if self._left else self._nonfinite
 
 
-class _Run:
+class Run:
+    """One process's work on a plan: all of it, or a share."""
+
     def __init__(
         self,
         plan: Plan,
@@ -175,22 +212,32 @@ class _Run:
         writer: ShardWriter,
         journal: Journal,
         console: Console,
-        done: dict[str, Report],
-        sources: dict[str, str],
-        crcs: dict[str, int],
+        kept: Kept,
+        share: Share | None = None,
+        *,
+        again: bool = True,
     ) -> None:
+        """share: what of the plan is to be done. again: whether what was compared with the source before is compared
+        once more."""
         self.plan, self.checkpoint, self.files, self.writer, self.console = plan, checkpoint, files, writer, console
-        self.reports = dict(done)
+        self.share = share
+        self.reports = dict(kept.reports)
+        units = plan.units if share is None else share.units
         # What an earlier run wrote and can be compared is compared again: since then anything may have happened to it.
-        self.again = {u.name for u in plan.units if plan.checked and u.linear is None and not u.cast and u.name in done}
-        done = {name: report for name, report in done.items() if name not in self.again}
+        copied = {u.name for u in units if plan.checked and again and u.linear is None and not u.cast}
+        self.again = copied & self.reports.keys()
+        done = self.reports.keys() - self.again
         # Those to be solved among them: a fault in the last layer should not be found after hours.
-        self.pending = [u for u in plan.units if u.name not in done]
-        self.seal = Seal(plan, writer, {name: crc for name, crc in crcs.items() if name in done})
-        self.committer = Committer(plan, writer, journal, set(done), self.seal)
-        self.hashes = SourceHashes(files, journal, sources)
+        self.pending = [u for u in units if u.name not in done]
+        self.seal = Seal(plan, writer, {name: crc for name, crc in kept.crcs.items() if name in done})
+        shards = [s for s in plan.shards if s.name not in kept.shards and (share is None or s.name in share.shards)]
+        self.committer = Committer(plan, shards, writer, journal, set(done), self.seal)
+        self.hashes = SourceHashes(files, journal, kept.sources, None if share is None else share.sources)
+        self.shards = kept.shards
 
-    def run(self, out: Path, layers: LayersDone) -> Measured:
+    def run(self, out: Path, layers: LayersDone | None = None) -> Measured:
+        """layers: how far what is calibrated has come."""
+        layers = layers or LayersDone()
         calibrated = any(u.calibrated for u in self.pending)
         total = sum(u.source.nbytes for u in self.pending)
         # Each slab owns a buffer. Reusing them matters: the kernel zeroes fresh memory page by page.
@@ -223,14 +270,14 @@ class _Run:
                         free.append(self._reap(in_flight, progress))
                 free.clear()
                 done = self._layers(out, layers, progress) if calibrated else layers
-            outputs = self.committer.finish()
+            outputs = {**self.shards, **self.committer.finish()}
             sources = self.hashes.finish()
         finally:
             readers.shutdown(cancel_futures=True)
             workers.shutdown(cancel_futures=True)
             self.committer.stop()
         return Measured(
-            {u.name: self.reports[u.name] for u in self.plan.encoded},
+            {u.name: self.reports[u.name] for u in self.plan.encoded if u.name in self.reports},
             outputs,
             sources,
             len(done.excluded),
@@ -383,8 +430,9 @@ def _reopen(plan: Plan, out: Path) -> None:
         )  # fmt: skip
 
 
-def _publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) -> None:
-    """Everything but the weights; config.json (or params.json) last: with it, the folder is a model."""
+def publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) -> None:
+    """Everything but the weights; config.json (or params.json) last: with it, the folder is a model. What was converted
+    is then read again."""
     digests = dict(measured.outputs)
     sizes = {f.role: f.nbytes for f in plan.files}
     contents = {**plan.generated, plan.config_file: config_text(plan.config)}
@@ -409,3 +457,5 @@ def _publish(plan: Plan, checkpoint: Checkpoint, out: Path, measured: Measured) 
     fsync_directory(out)
     write_file(out / plan.config_file, contents[plan.config_file])
     fsync_directory(out)
+    if plan.checked and plan.recipe.quantize is None:
+        _reopen(plan, out)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import SIDE_FILES
 from quantkit.memory import SLAB, slab_elements
 from quantkit.methods.base import Array, Selection, WeightSpec
-from quantkit.output import COMMITS, EVALUATION, WEIGHT_SUFFIXES
+from quantkit.output import COMMITS, EVALUATION, JOB, WEIGHT_SUFFIXES
 from quantkit.packed import UNDECODABLE, Packed, decoded
 from quantkit.planner import target_of
 from quantkit.plots import LAYERS
@@ -29,8 +29,12 @@ from quantkit.pruning import Prune
 from quantkit.publication import FORMAT
 from quantkit.recipe import Quantize, Recipe, build_recipe
 from quantkit.restored import open_source
+from quantkit.sharing import Part, runs
 from quantkit.solvers.pattern import Pattern
 from quantkit.sparsity import ZeroCount, count_dense, same_but_zeros
+
+WHOLE = Part(1, 1)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,21 @@ class Zeros:
         return Zeros(self.tensors + 1, self.weights + count.weights, self.zeros + count.zeros)
 
 
-def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Console) -> Verification:
-    """Checks `folder`. `quick` reads headers and sizes only; `source` adds the comparison with what it was made from.
+def verify_folder(
+    folder: Path, source: Path | None, *, quick: bool, console: Console, part: Part = WHOLE
+) -> Verification:
+    """Checks `folder`. `quick` reads headers and sizes only; `source` adds the comparison with what it was made from;
+    of a `part` are the checksums and the tensors that are read.
 
     Raises UsageError if this is no folder that quantkit wrote; everything else that is wrong is in `problems`.
     """
     if quick and source is not None:
         raise UsageError("--quick reads no weights, so it cannot compare with --source", hint="leave one of them out")
     if not (folder / "quantkit.json").is_file():
+        if (folder / ".quantkit" / JOB).exists():
+            raise UsageError(
+                "the folder holds parts of a job", where=str(folder), hint="when all are done: `quantkit finish`"
+            )
         if (folder / ".quantkit" / "journal").exists():
             raise UsageError(
                 "the folder holds an unfinished run", where=str(folder), hint="run its command again first"
@@ -84,7 +95,7 @@ def verify_folder(folder: Path, source: Path | None, *, quick: bool, console: Co
             "the folder has no quantkit.json, so quantkit did not write it", where=str(folder), hint="check the path"
         )
     parent = open_source(folder, source) if source is not None else None
-    check = _Check(folder, console)
+    check = _Check(folder, console, part)
     try:
         check.run(parent, quick=quick)
     except QuantkitError as e:
@@ -130,8 +141,8 @@ def config_differences(folder: Path, recipe: Recipe, parent: Checkpoint) -> list
 class _Check:
     """Collects problems; one broken file does not hide the next."""
 
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder, self.console = folder, console
+    def __init__(self, folder: Path, console: Console, part: Part) -> None:
+        self.folder, self.console, self.part = folder, console, part
         self.problems: list[str] = []
         self.files = self.tensors = self.quantized = self.compared = self.equal = self.equal_but_zeros = 0
         self.errors: dict[str, float] = {}
@@ -172,6 +183,7 @@ class _Check:
             self.problems += config_differences(self.folder, recipe, parent)
         if quick:
             return
+        sound = self._mine(sound, [1 + sum(t.nbytes for t in row.outputs(quantize)) for row in sound])
         with SourceFiles(self.folder, checkpoint.files) as files, self._progress(checkpoint) as progress:
             if parent is None:
                 self._decode_all(checkpoint, files, sound, quantize, progress)
@@ -184,18 +196,24 @@ class _Check:
                         progress.advance(sum(checkpoint.tensors[t.name].nbytes for t in row.outputs(quantize)))
                         progress.unit(row.name, row.spec.nbytes)
 
+    def _mine(self, things: list[_T], costs: list[int]) -> list[_T]:
+        """Those that this part looks at."""
+        owners = runs(costs, self.part.count)
+        return [thing for thing, owner in zip(things, owners, strict=True) if owner == self.part.index - 1]
+
     def _progress(self, checkpoint: Checkpoint) -> Progress:
-        return self.console.progress(sum(t.nbytes for t in checkpoint.tensors.values()))
+        return self.console.progress(sum(t.nbytes for t in checkpoint.tensors.values()) // self.part.count)
 
     def _check_files(self, listed: Mapping[str, tuple[int, str]], *, quick: bool) -> None:
+        hashed = set(self._mine(list(listed), [1 + size for size, _ in listed.values()]))
+        self.files = len(hashed)
         for name, (size, digest) in listed.items():
             path = self.folder / name
-            self.files += 1
             if "/" in name or not path.is_file():
                 self.problems.append(f"{name}: missing")
             elif path.stat().st_size != size:
                 self.problems.append(f"{name}: {path.stat().st_size:,} bytes, the manifest says {size:,}")
-            elif not quick and sha256_of(path) != digest:
+            elif not quick and name in hashed and sha256_of(path) != digest:
                 self.problems.append(f"{name}: its SHA-256 is not the manifest's")
         self._check_evaluation()
         if not (self.folder / "README.md").is_file():

@@ -29,7 +29,7 @@ def test_damage_between_two_runs_is_mended(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quantkit.runner._publish", interrupt)
+        patch.setattr("quantkit.runner.publish", interrupt)
         with pytest.raises(Interrupted):
             package.convert(str(source), tmp_path / "out", "mistral", recipe)
     damaged = bytearray((tmp_path / "out" / name).read_bytes())

@@ -24,7 +24,7 @@ def stop(*_: object, **__: object) -> None:
 def begun(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was stopped with all weights written and nothing published."""
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_publish", stop)
+        patch.setattr(runner, "publish", stop)
         with pytest.raises(Interrupted):
             api.quantize(str(tiny("llama")), tmp_path / "out")
     return tmp_path / "out"

@@ -16,7 +16,7 @@ PACKAGE = Path(quantkit.__file__).parent
 LAYERS = (
     {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_text"},
     {"api", "doctor", "preview", "push"},
-    {"folder_card", "comparer", "seal", "verifier"},
+    {"folder_card", "comparer", "seal", "verifier", "parts"},
     {"evaluation_record"},
     {
         "runner",
@@ -42,7 +42,7 @@ LAYERS = (
     {"layer_memory", "measurement"},
     {"pruners"},
     {"methods", "layouts", "derived_architecture", "modules", "pruning"},
-    {"architectures", "patterns", "evaluation", "gates", "plots", "tokenization", "solvers"},
+    {"architectures", "patterns", "sharing", "evaluation", "gates", "plots", "tokenization", "solvers"},
     {"checkpoint"},
     {"kernels"},
     {"hub_errors"},

@@ -18,16 +18,17 @@ from typing import Any
 
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, RunError
 
 FOLDER = ".quantkit"
 
 
 class Journal:
-    """Appends to OUT/.quantkit/journal. `entries` holds what an earlier run left, first line excluded."""
+    """Appends to OUT/.quantkit/NAME. `entries` holds what an earlier run left, first line excluded. writer: who else
+    has it, if it is locked."""
 
-    def __init__(self, out: Path) -> None:
-        self.path = out / FOLDER / "journal"
+    def __init__(self, out: Path, name: str = "journal", writer: str = "another run is writing to this folder") -> None:
+        self.path = out / FOLDER / name
         self.path.parent.mkdir(exist_ok=True)
         self._lock = threading.Lock()
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -39,9 +40,7 @@ class Journal:
                 raise OutputError(
                     f"the output folder cannot be locked: {e.strerror}", where=str(out), hint="write to a local disk"
                 ) from None
-            raise OutputError(
-                "another run is writing to this folder", where=str(out), hint="wait for it, or name another -o"
-            ) from None
+            raise OutputError(writer, where=str(out), hint="wait for it, or name another -o") from None
         if os.fstat(self._fd).st_nlink == 0:  # it finished between our open and our lock
             os.close(self._fd)
             raise OutputError(
@@ -64,22 +63,32 @@ class Journal:
             position = end + 1
         if position < len(raw):
             os.ftruncate(self._fd, position)
+        self._size = position
         return (good[0], good[1:]) if good else (None, [])
 
     def start(self, head: dict[str, Any]) -> None:
         """Begins anew: forgets what was there, writes the first line."""
         os.ftruncate(self._fd, 0)
+        self._size = 0
         self.head, self.entries = head, []
         self.append([head])
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Durable on return; RunError if the disk is full. The caller has synced the data that the entries speak of."""
+        """Durable on return; RunError if the disk is full, or if somebody else wrote to the journal, on a filesystem
+        that only seems to lock. The caller has synced the data that the entries speak of."""
         raw = b"".join(json.dumps(e).encode() + b"\n" for e in entries)
         view = memoryview(raw)
         try:
             with self._lock:
+                if os.fstat(self._fd).st_size != self._size:
+                    raise RunError(
+                        "another process writes to the same journal",
+                        where=str(self.path),
+                        hint="start one of them only",
+                    )
                 while view:
                     view = view[os.write(self._fd, view) :]
+                self._size += len(raw)
                 sync_data(self._fd)
         except OSError as e:
             raise write_error(e, self.path) from None

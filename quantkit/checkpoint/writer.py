@@ -42,11 +42,12 @@ def write_error(e: OSError, path: Path) -> RunError:
 class ShardWriter:
     """All weight files of one output folder. Reserves their space at once, so that a full disk shows before work does.
 
-    Files that an earlier run left partial, or already renamed, are taken up as they are.
+    Files that an earlier run left partial, or already renamed, are taken up as they are. reserve: whether their space
+    is; where others may write to them at the same time, only their size is set.
     """
 
-    def __init__(self, folder: Path, layouts: Iterable[FileLayout]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, layouts: Iterable[FileLayout], *, reserve: bool = True) -> None:
+        self.folder, self._reserve = folder, reserve
         self.layouts = {layout.name: layout for layout in layouts}
         self._fds: dict[str, int] = {}
         self._done: set[str] = set()
@@ -71,11 +72,19 @@ class ShardWriter:
                 os.ftruncate(fd, layout.nbytes)
             elif size < layout.nbytes:
                 self.fresh.add(layout.name)
-                _reserve(fd, layout.nbytes)
+                if self._reserve:
+                    _reserve(fd, layout.nbytes)
+                else:
+                    os.ftruncate(fd, layout.nbytes)
             for offset, data in layout.fixed:
                 os.pwrite(fd, data, offset)
         except OSError as e:
             raise write_error(e, path) from None
+
+    @property
+    def inodes(self) -> dict[str, int]:
+        """By file name: which file it is, whatever it is called."""
+        return {name: os.fstat(fd).st_ino for name, fd in self._fds.items()}
 
     def write(self, file: str, offset: int, data: npt.NDArray[Any]) -> None:
         """Writes the array's bytes at `offset` of `file`. Thread-safe for disjoint ranges."""

@@ -1,0 +1,290 @@
+"""One job shared out to several processes, on one machine or on many that see the same folder.
+
+Every part makes the same plan, takes its units of it, and writes them where they belong in files that all of them open.
+What is done is in a journal of each part's own. `finish` reads all journals, hashes what no part had whole, and makes a
+model of the folder. OUT/.quantkit holds the journals and `job.json`: which plan it is, of how many parts, from which
+source, and which files they write to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantkit.checkpoint.header import fsync_directory
+from quantkit.checkpoint.journal import FOLDER, Journal
+from quantkit.checkpoint.reader import SourceFiles, read_json
+from quantkit.checkpoint.writer import ShardWriter, write_error, write_file
+from quantkit.console import Console
+from quantkit.errors import Interrupted, OutputError, RunError, SourceError, UsageError
+from quantkit.layouts import Checkpoint
+from quantkit.output import JOB, check_place, is_finished
+from quantkit.plans import Plan, Unit
+from quantkit.recipe import Recipe, build_recipe
+from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publish
+from quantkit.sharing import Part, runs
+
+FILES_A_PART = 4  # source files for each part, from which on parts begin where files do
+PATIENCE = 60.0  # seconds
+
+
+def shares(plan: Plan, count: int) -> list[Share]:
+    """The plan's units in `count` runs, in their order, of about the same cost; each a share, which may be empty.
+
+    A run is cut where a source file ends if there are enough of these, so that most are hashed by who reads them.
+    """
+    files = list(dict.fromkeys(u.source.file for u in plan.units))
+    by_file = len(files) >= FILES_A_PART * count
+    keys = [u.source.file if by_file else u.name for u in plan.units]
+    costs: dict[str, int] = {}
+    for key, unit in zip(keys, plan.units, strict=True):
+        costs[key] = costs.get(key, 0) + _cost(unit)
+    owner = dict(zip(costs, runs(list(costs.values()), count), strict=True))
+    owned: list[list[Unit]] = [[] for _ in range(count)]
+    for key, unit in zip(keys, plan.units, strict=True):
+        owned[owner[key]].append(unit)
+    return [_share(plan, tuple(units)) for units in owned]
+
+
+def _cost(unit: Unit) -> int:
+    """Bytes read, written, and worked on."""
+    written = sum(t.nbytes for t in unit.outputs)
+    return unit.source.nbytes * (2 if unit.linear is not None else 1) + written + 1
+
+
+def _share(plan: Plan, units: tuple[Unit, ...]) -> Share:
+    theirs = {u.name for u in units}
+    others = [u for u in plan.units if u.name not in theirs]
+    read = {r.file for u in others for r in u.source.parts} | {u.source.file for u in others}
+    written = {t.file for u in others for t in u.outputs}
+    sources = {u.source.file for u in units} - read
+    return Share(units, frozenset(sources), frozenset(t.file for u in units for t in u.outputs) - written)
+
+
+def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, console: Console) -> Outcome:
+    """Does a part of a plan, or what is left of it. Raises what `runner.execute` does; OutputError if OUT is of
+    another job, or another process has this part."""
+    started = time.monotonic()
+    if any(u.calibrated for u in plan.units):
+        raise UsageError(
+            "what looks at a text cannot be done in parts: a layer's tensors depend on the layers before",
+            where=str(out),
+            hint="leave --part out",
+        )
+    if plan.allocation is not None:
+        raise UsageError(
+            "mixed bits are not written in parts", where=str(out), hint="leave --part out, or use --bits 4 or 8"
+        )
+    check_place(out, checkpoint.folder, force=False, parts=True)
+    if not (out / FOLDER / JOB).exists() and is_finished(out, plan):
+        return outcome_of(out, plan, started, len(plan.units), None)
+    for warning in plan.warnings:
+        console.warn(warning)
+    share = shares(plan, part.count)[part.index - 1]
+    try:
+        with ExitStack() as stack:
+            opened = stack.enter_context(_opened(plan, checkpoint, out, part))
+            if opened is None:
+                return outcome_of(out, plan, started, len(plan.units), None)
+            writer, journal = opened
+            kept = Kept.read(journal.entries)
+            files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
+            run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
+            measured = run.run(out)
+            files.check_unchanged()
+            hashed = [{"shard": n, "sha256": d} for n, d in measured.outputs.items() if n not in kept.shards]
+            journal.append([*hashed, {"done": True}])
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; what is finished is kept", where=str(out), hint="the same command takes up where it stopped"
+        ) from None
+    except OSError as e:
+        raise write_error(e, Path(e.filename or out)) from None
+    return outcome_of(out, plan, started, len(kept.reports), measured, part=share)
+
+
+@contextmanager
+def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterator[tuple[ShardWriter, Journal] | None]:
+    """The files that all parts write to, and this part's journal; None if all was finished a moment ago."""
+    job = _job(plan, checkpoint, part.count)
+    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with _locked(out):
+            known = _read_job(out)
+            if known is not None:
+                _same_job(known, job, out)
+            elif is_finished(out, plan):
+                _forget(out, [])
+                yield None
+                return
+            mine = f"another process has part {part}"
+            journal = Journal(out, _name(part), mine)
+            stack.callback(journal.close)
+            if known is None:  # before there are files: without it they are nobody's
+                known = {**job, "files": {}}
+                _write_job(out, known)
+            writer = ShardWriter(out, layouts(plan), reserve=False)
+            stack.callback(writer.close)
+            if not known["files"]:
+                _write_job(out, {**job, "files": writer.inodes})
+            elif known["files"] != writer.inodes:
+                raise _damaged(out)
+        if journal.head is None:
+            journal.start({"part": str(part), "plan": plan.hash})
+        yield writer, journal
+
+
+def _name(part: Part) -> str:
+    return f"part-{part.index}-of-{part.count}"
+
+
+def _job(plan: Plan, checkpoint: Checkpoint, count: int) -> dict[str, Any]:
+    source = plan.recipe.source
+    if (place := Path(source).expanduser()).exists():
+        source = str(place.resolve())
+    return {
+        "plan": plan.hash,
+        "parts": count,
+        "stamps": {f.name: list(f.stamp) for f in checkpoint.files},
+        "recipe": plan.recipe.to_yaml(source, plan.recipe.revision),
+    }
+
+
+def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> None:
+    if known["plan"] != job["plan"]:
+        raise OutputError(
+            "the output folder holds parts of another plan", where=str(out),
+            hint="use the command that they were made by, or name another -o",
+        )  # fmt: skip
+    if known["parts"] != job["parts"]:
+        raise OutputError(
+            f"this job is in {known['parts']} parts, not {job['parts']}", where=str(out),
+            hint=f"--part 1/{known['parts']} to {known['parts']}/{known['parts']}, or name another -o",
+        )  # fmt: skip
+    if known["stamps"] != job["stamps"]:
+        raise SourceError(
+            "these are not the source's files that the first part read, or they have changed since", where=str(out),
+            hint="give all parts the same files, or begin in another folder",
+        )  # fmt: skip
+
+
+def _damaged(out: Path) -> OutputError:
+    return OutputError(
+        "weight files of the job were replaced or deleted since it began", where=str(out),
+        hint="delete the folder, and begin again",
+    )  # fmt: skip
+
+
+def _read_job(out: Path) -> dict[str, Any] | None:
+    path = out / FOLDER / JOB
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not {"plan", "parts", "stamps", "recipe", "files"} <= found.keys() or type(found["parts"]) is not int:
+        raise OutputError(
+            "the job's description is damaged", where=str(path), hint="delete the folder, and begin again"
+        )
+    return found
+
+
+def _write_job(out: Path, job: Mapping[str, Any]) -> None:
+    write_file(out / FOLDER / JOB, json.dumps(job).encode())
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Of all parts, one is here at a time, for as long as it takes to open files. OutputError after a minute."""
+    fd = os.open(out / FOLDER / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    end = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise OutputError(
+                        f"another part has been opening files for {PATIENCE:g} seconds", where=str(out),
+                        hint="see whether it hangs, and start this one again",
+                    ) from None  # fmt: skip
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(fd)
+
+
+def job_recipe(out: Path, source: str | None) -> Recipe:
+    """What the parts in a folder are of, from `source` if that lies elsewhere here. OutputError if there are none."""
+    job = _read_job(out)
+    if job is None:
+        raise OutputError(
+            "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
+        )
+    table = yaml.safe_load(job["recipe"])
+    return build_recipe({**table, "output": str(out), **({"source": source} if source else {})})
+
+
+def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> Outcome:
+    """Makes a model of a folder whose parts are all done. Raises OutputError if it is of another plan, or a part is
+    being run; RunError if one is not finished. It can be interrupted, and run again."""
+    started = time.monotonic()
+    job = _read_job(out)
+    if job is None:
+        raise _damaged(out)
+    _same_job(job, _job(plan, checkpoint, job["parts"]), out)
+    parts = [Part(n + 1, job["parts"]) for n in range(job["parts"])]
+    entries: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        for part in parts:
+            journal = Journal(out, _name(part), f"part {part} is under way")
+            stack.callback(journal.close)
+            entries += journal.entries
+            if not any("done" in e for e in journal.entries):
+                raise RunError(
+                    f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}"
+                )
+        own = Journal(out, "finish")
+        stack.callback(own.close)
+        if own.head is None:
+            own.start({"plan": plan.hash})
+        kept = Kept.read([*entries, *own.entries])
+        try:
+            writer = ShardWriter(out, layouts(plan), reserve=False)
+            stack.callback(writer.close)
+            if job["files"] != writer.inodes:
+                raise _damaged(out)
+            if left := [u for u in plan.units if u.name not in kept.reports]:
+                raise RunError(
+                    f"tensor {left[0].name!r} is in no part's journal", where=str(out), hint="run its part again"
+                )
+            with SourceFiles(checkpoint.folder, checkpoint.files) as files:
+                measured = Run(plan, checkpoint, files, writer, own, console, kept, again=False).run(out)
+                files.check_unchanged()
+            writer.commit()
+            publish(plan, checkpoint, out, measured)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; the parts are kept", where=str(out), hint="the same command takes up where it stopped"
+            ) from None
+        except OSError as e:
+            raise write_error(e, Path(e.filename or out)) from None
+        _forget(out, parts)
+    return outcome_of(out, plan, started, 0, measured)
+
+
+def _forget(out: Path, parts: list[Part]) -> None:
+    """The folder is a model: job and journals are no more needed."""
+    folder = out / FOLDER
+    for name in (JOB, "finish", *(_name(part) for part in parts), "lock"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+    fsync_directory(out)

@@ -1,0 +1,36 @@
+"""Work shared out: which of N takes what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from quantkit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """The `index`-th of `count` parts, from 1."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def parse_part(text: str) -> Part:
+    """Part of "3/8"; UsageError if that is none."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"{text!r} is not a part", where="--part", hint="--part 3/8 is the third of eight")
+    return Part(int(found[1]), int(found[2]))
+
+
+def runs(costs: Sequence[int], count: int) -> list[int]:
+    """For each of some things in a row, which of `count` (from 0) does it: that in whose equal stretch of all costs its
+    middle lies. So everybody has a run of them, of about the same cost. Costs are above 0."""
+    total = sum(costs)
+    return [int(count * (end - cost / 2) / total) for end, cost in zip(accumulate(costs), costs, strict=True)]
