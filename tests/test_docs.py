@@ -78,7 +78,7 @@ def test_commands(path: Path, work: Path, capsys: pytest.CaptureFixture[str]) ->
     count, last = 0, "OUT"
     for command in commands(path):
         line = command.replace("FILE", "FILE.txt") if "--text FILE" in command else command
-        if re.search(r"-o OUT\b", line):
+        if re.search(r"-o OUT\b", line) and not re.search(r"--part [2-9]", line):
             count, last = count + 1, f"OUT-{count + 1}"
         line = re.sub(r"\bOUT\b", last, line).replace("FOLDER", last)
         for number in re.findall(r"\bOUT(\d)\b", line):
