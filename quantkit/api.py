@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit import folder_card
 from quantkit.checkpoint.reader import read_json
+from quantkit.checkpoint.system import cores
 from quantkit.comparer import (
     Compared,
     Comparisons,
@@ -23,7 +24,7 @@ from quantkit.comparer import (
     write_comparison,
 )
 from quantkit.console import Console, human_bytes
-from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.errors import NotFiniteError, OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluation_record import Record
 from quantkit.evaluator import WINDOWS, Subject, Windows, evaluate_folder
@@ -44,10 +45,13 @@ from quantkit.planner import linears_to_mix, make_plan, source_tensors, tokens_f
 from quantkit.plans import Origin, Plan
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.restored import open_files, open_source
-from quantkit.runner import Outcome, execute
+from quantkit.runner import Outcome, execute, help_with
 from quantkit.seal import Seal, seal
 from quantkit.sharing import Part, parse_part
 from quantkit.verifier import Verification, verify_folder
+
+if TYPE_CHECKING:
+    from quantkit.solvers.team import Team
 
 _QUIET = Console(quiet=True)
 MEASURED = ".measurement.json"  # behind the name of the output folder
@@ -270,6 +274,46 @@ def run_recipe(recipe: Recipe, *, force: bool = False, part: str | None = None, 
     return replace(made, seconds=time.monotonic() - started)
 
 
+def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUIET) -> Outcome | None:
+    """The same by all processes that torchrun has started, or a scheduler in its way. What looks at a text is solved
+    together, what does not is done in parts. What the leader did; None for the others."""
+    from quantkit.solvers.team import joined
+
+    if not recipe.output:
+        raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
+    params = None if recipe.quantize is None else recipe.quantize.params
+    if isinstance(params, Mixed) and params.measurement is None and not params.mixes:
+        raise UsageError(
+            "bits are not measured yet, which one process does",
+            where=recipe.output,
+            hint="run `quantkit measure` first, and name its file: --measurement FILE",
+        )
+    out = expand(recipe.output)
+    with joined() as team:
+        started = time.monotonic()
+        if recipe.resources.threads is None:
+            threads = max(1, cores() // team.here)
+            recipe = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": threads})})
+        job, checkpoint = plan_recipe(recipe, data_present=True, force=force, console=console)
+        made: Outcome | None = None
+        if any(u.calibrated for u in job.units):
+            if team.leads:
+                made = execute(job, checkpoint, out, console, force=force, team=team)
+            else:
+                help_with(job, checkpoint, out, team)
+        else:
+            try:
+                part = execute_part(job, checkpoint, out, Part(team.rank + 1, team.size), console)
+            except NotFiniteError as e:
+                e.own = True
+                raise
+            team.meet()
+            if team.leads:
+                made = part if part.already_done else finish_parts(job, checkpoint, out, console)
+        team.meet()
+        return None if made is None else replace(made, seconds=time.monotonic() - started)
+
+
 def finish(out: str | Path, *, source: str | None = None, console: Console = _QUIET) -> Outcome:
     """Makes a model of a folder whose parts are all done; see `quantkit.parts.finish` for what is raised. source: where
     the model they are made from lies here, if elsewhere than for the first part."""
@@ -323,17 +367,19 @@ def evaluate(
     length: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    team: Team | None = None,
     console: Console = _QUIET,
 ) -> Evaluation:
     """Perplexity of a model on a text, and how far it is from the model `against`; see `quantkit.evaluator` for the
     protocol and for what is raised. Models are folders, dense or quantized, or Hub ids. text: a .txt, .jsonl or
     .parquet file or a Hub dataset. windows: how many are taken from its beginning, or "all". max_ppl_increase ("3%" or
     0.03), max_kl (nats a token): limits, judged in what is returned. record: write evaluation.json into a folder that
-    quantkit wrote, and its card anew."""
+    quantkit wrote, and its card anew. team: who shares the windows (`quantkit.solvers.team.joined`); its leader
+    records."""
     gates = Gates.parse(max_ppl_increase, max_kl)
     _check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
-    sealed = _sealed(folder, place) if record else None
+    sealed = _sealed(folder, place) if record and (team is None or team.leads) else None
     subject = Subject(open_checkpoint(place), origin.name)
     source, is_source = None, None
     if against is not None:
@@ -345,7 +391,7 @@ def evaluate(
             console.warn(f"{origin.name} is not what {subject.name} was made from: no limit counts for a publication")
     found = evaluate_folder(
         subject, text, against=source, gates=gates, windows=windows, length=length, threads=threads, device=device,
-        console=console,
+        team=team, console=console,
     )  # fmt: skip
     if found.against is not None:
         found = replace(found, against=replace(found.against, is_source=is_source))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from quantkit.cli_options import Bits, options, output_options
+from quantkit.cli_options import Bits, follows, launched, options, output_options
 from quantkit.cli_publish import COMMANDS
 from quantkit.cli_text import outcome_text, plan_text
 from quantkit.console import Console, table
-from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, VerifyError
+from quantkit.errors import InputError, Interrupted, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -369,7 +369,15 @@ def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, p
         return
     from quantkit import api
 
-    outcome = api.run_recipe(recipe, force=force, part=part, console=console)
+    if launched():
+        if part is not None:
+            raise UsageError("--part is for processes that do not know of each other", hint="leave it out")
+        together = api.run_together(recipe, force=force, console=Console(speaks=False) if follows() else console)
+        if together is None:
+            return
+        outcome = together
+    else:
+        outcome = api.run_recipe(recipe, force=force, part=part, console=console)
     console.result({**asdict(outcome), "out": str(outcome.out)}, outcome_text(outcome, part))
 
 
@@ -391,11 +399,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         cli.main(arguments, prog_name="quantkit", standalone_mode=False)
     except QuantkitError as e:
-        console.error(e)
+        if not (follows() and isinstance(e, InputError)) or e.own:  # others say what is wrong for all
+            console.error(e)
         sys.exit(e.exit_code)
     except click.ClickException as e:
         usage = _usage_error(e)
-        console.error(usage)
+        if not follows():
+            console.error(usage)
         sys.exit(usage.exit_code)
     except OSError as e:
         sys.stdout = None  # it may be what failed, and the interpreter would try once more

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+# By these torch.distributed finds the processes of a team: torchrun sets them, or a script for a scheduler.
+TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 F = TypeVar("F", bound=Callable[..., Any])
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 QUIET = click.option("--quiet", is_flag=True, help="No progress, no prose: warnings, errors and the result.")
+
+
+def launched() -> bool:
+    """Whether this process is one of a team."""
+    return os.environ.keys() >= TORCHRUN
+
+
+def follows() -> bool:
+    """Whether another of the team speaks."""
+    return launched() and os.environ["RANK"] != "0"
 
 
 def output_options(function: F) -> F:

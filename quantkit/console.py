@@ -73,10 +73,11 @@ class Progress:
 
 
 class Console:
-    """Human text, or JSON; `quiet` drops everything on stderr but errors and warnings."""
+    """Human text, or JSON; `quiet` drops everything on stderr but errors and warnings; and one that does not speak has
+    no warnings either, as another process has the same."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        self.json, self.quiet = json, quiet
+    def __init__(self, *, json: bool = False, quiet: bool = False, speaks: bool = True) -> None:
+        self.json, self.quiet, self.speaks = json, quiet or not speaks, speaks
 
     def result(self, data: Mapping[str, Any], text: str) -> None:
         """The command's result: `text` for people, `data` with --json. RunError if it has nowhere to go."""
@@ -90,7 +91,8 @@ class Console:
             ) from None
 
     def warn(self, text: str) -> None:
-        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+        if self.speaks:
+            print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         if not self.quiet:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.evaluation_model import FolderModel
+    from quantkit.solvers.team import Team
 
 WINDOWS = 12  # what the published comparisons of this project were measured on: a minute or two for a small model
 Windows = int | Literal["all"]
@@ -59,10 +60,12 @@ def evaluate_folder(
     length: int | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    team: Team | None = None,
     console: Console,
 ) -> Evaluation:
     """Perplexity of a folder on the first `windows` windows of a text, `length` tokens each (1,024, or the context of
-    the models where that is shorter); `against` adds the comparison.
+    the models where that is shorter); `against` adds the comparison. Of a team each takes some of the windows, and all
+    get the same.
 
     Raises InputError or SourceError for a text or a folder that cannot be used, or a model that gives numbers that are
     not finite, UsageError for numbers that do not go with them, RunError if hidden states have no room on disk.
@@ -70,14 +73,16 @@ def evaluate_folder(
     import torch
 
     from quantkit.evaluation_model import FolderModel
+    from quantkit.solvers.team import ALONE
     from quantkit.torch_setup import torch_settings
 
+    team = team or ALONE
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} is no number of threads", hint="1 or more, or leave it out")
     if gates.some and against is None:
         raise UsageError("a limit needs something to be compared with", hint="name the source: --against SRC")
     with ExitStack() as stack:
-        stack.enter_context(torch_settings(threads or cores()))
+        stack.enter_context(torch_settings(threads or max(1, cores() // team.here)))
         subjects = [subject] if against is None else [subject, against]
         for note in (note for s in subjects for note in s.checkpoint.notes):
             console.warn(note)
@@ -88,14 +93,23 @@ def evaluate_folder(
             vocabulary=models[0].vocabulary, context=min((m.context for m in models if m.context), default=None),
             quiet=console.quiet,
         )  # fmt: skip
-        ids = torch.from_numpy(tokens.ids.copy())
+        ids = torch.from_numpy(tokens.ids[team.rank :: team.size].copy())
+        if len(tokens.ids) < team.size:
+            raise UsageError(
+                f"{len(tokens.ids)} windows are too few for {team.size} processes",
+                where=text,
+                hint="start fewer of them",
+            )
         console.note(f"RAM at most {human_bytes(peak_memory(models, ids.shape[1]))}, one layer at a time")
         scratch = stack.enter_context(_scratch())
         with console.progress(sum(model.work for model in models)) as progress:
             for model in models:
                 model.embed(ids, scratch)
-            layer_errors = _run(models, progress)
+            apart = _run(models, progress)
             losses, divergences, agreed = _predict(models, ids, progress)
+    losses = [_together(team, part) for part in losses]
+    divergences, agreed, apart = (_together(team, part) for part in (divergences, agreed, apart))
+    layer_errors = tuple(map(float, apart.mean(axis=0))) if apart.size else ()
     ours, error = _mean(losses[0].mean(axis=1))
     comparison = None
     if against is not None:
@@ -109,10 +123,19 @@ def evaluate_folder(
         )  # fmt: skip
     perplexity = _exp(ours, subject.name)
     return Evaluation(
-        subject.name, tokens.name, tokens.text_sha256, tokens.sha256, len(ids), ids.shape[1], losses[0].size,
+        subject.name, tokens.name, tokens.text_sha256, tokens.sha256, len(tokens.ids), ids.shape[1], losses[0].size,
         ours, error, perplexity, _times(error, perplexity), comparison,
         () if comparison is None else gates.judge(comparison),
     )  # fmt: skip
+
+
+def _together(team: Team, mine: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """By window, what each of a team has found of its own."""
+    parts = team.gather(mine)
+    found = np.empty((sum(map(len, parts)), *mine.shape[1:]), mine.dtype)
+    for rank, part in enumerate(parts):
+        found[rank :: team.size] = part
+    return found
 
 
 def peak_memory(models: list[FolderModel], length: int) -> int:
@@ -148,28 +171,29 @@ def _scratch() -> Iterator[Path]:
         yield Path(name)
 
 
-def _run(models: list[FolderModel], progress: Progress) -> tuple[float, ...]:
-    """All models through all of their layers; of two that are alike, how far they are apart behind each."""
+def _run(models: list[FolderModel], progress: Progress) -> Losses:
+    """All models through all of their layers; of two that are alike, [windows, layers], how far they are apart behind
+    each."""
     alike = len(models) == 2 and len({(m.layers, m.width) for m in models}) == 1
-    found: list[float] = []
+    found: list[list[float]] = []
     for index in range(max(model.layers for model in models)):
         for model in models:
             if index < model.layers:
                 model.run(index, progress)
         if alike:
             found.append(_apart(*models))
-    return tuple(found)
+    return np.ascontiguousarray(np.array(found).T) if found else np.empty((models[0].windows, 0))
 
 
-def _apart(ours: FolderModel, theirs: FolderModel) -> float:
-    """‖ours - theirs‖₂ / ‖theirs‖₂ of what left the last layer that was run, the mean over all tokens."""
+def _apart(ours: FolderModel, theirs: FolderModel) -> list[float]:
+    """‖ours - theirs‖₂ / ‖theirs‖₂ of what left the last layer that was run, the mean over a window's tokens."""
     means = []
     for window in range(ours.windows):
         a, b = ours.states(window).float(), theirs.states(window).float()
         size = b.norm(dim=-1)
         far = (a - b).norm(dim=-1) / size.clamp_min(1e-30)
         means.append(float(far.double().mean()))
-    return float(np.mean(means))
+    return means
 
 
 def _predict(models: list[FolderModel], ids: torch.Tensor, progress: Progress) -> tuple[list[Losses], Any, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantkit.architectures import hidden_width
 from quantkit.checkpoint.journal import FOLDER
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from quantkit.calibration.norms import Norms, NormStream
     from quantkit.calibration.statistics import Statistics
     from quantkit.encoding import Encoding, Made
+    from quantkit.solvers.team import Team
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,44 @@ def can_resume(plan: Plan, out: Path, done: LayersDone) -> bool:
     return all(file.is_file() and file.stat().st_size == nbytes for file in files)
 
 
+class Sink(Protocol):
+    """Where solved linears and notes of finished layers go."""
+
+    def put(self, unit: Unit, tensors: dict[str, Array], report: Report) -> None: ...
+
+    def note(self, entry: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """To disk."""
+
+    writer: ShardWriter
+    committer: Committer
+    progress: Progress
+
+    def put(self, unit: Unit, tensors: dict[str, Array], report: Report) -> None:
+        for info in unit.outputs:
+            self.writer.write(info.file, info.offset, tensors.pop(info.name))
+        self.committer.seal.tensor(unit)
+        self.committer.put(unit, report)
+        self.progress.advance(unit.source.nbytes)
+        self.progress.unit(unit.name, unit.source.nbytes)
+
+    def note(self, entry: Mapping[str, Any]) -> None:
+        self.committer.note(entry)
+
+
+class Nowhere:
+    """Another of the team writes."""
+
+    def put(self, unit: Unit, tensors: dict[str, Array], report: Report) -> None:
+        pass
+
+    def note(self, entry: Mapping[str, Any]) -> None:
+        pass
+
+
 class LayerRun:
     """The layers of one run. `check` looks through a weight for what is not finite, and says how many values it set to
     zero; `reports`: what was solved, by tensor; `done`: how far it is."""
@@ -74,14 +113,12 @@ class LayerRun:
         plan: Plan,
         checkpoint: Checkpoint,
         files: SourceFiles,
-        writer: ShardWriter,
-        committer: Committer,
-        progress: Progress,
+        sink: Sink,
         check: Callable[[Unit, int, Array], int],
+        team: Team,
     ) -> None:
         self.plan, self.checkpoint, self.files = plan, checkpoint, files
-        self.writer, self.committer, self.progress = writer, committer, progress
-        self.check = check
+        self.sink, self.check, self.team = sink, check, team
         self.encoding: Encoding
         self.units = {u.weight.module: u for u in plan.units if u.calibrated and u.weight is not None}
         self.zeroed: dict[str, int] = {}
@@ -115,12 +152,16 @@ class LayerRun:
             of_layer = layers[unit.linear.layer] if unit.linear.layer < len(layers) else head
             of_layer[name] = linear
         folder = scratch(out)
-        folder.mkdir(exist_ok=True)
+        if self.team.leads:
+            folder.mkdir(exist_ok=True)
+            for left in (*folder.glob("input-*"), *folder.glob("target-*")):  # of a layer that was not finished
+                left.unlink()
+        self.team.meet()
         compute = fast_dtype(skeleton.device)
         ids = torch.from_numpy(tokens.ids.copy())
 
         def norms() -> NormStream:
-            return NormStream(skeleton, weights, ids, layers, folder, full=False, compute=compute)
+            return NormStream(skeleton, weights, ids, layers, folder, full=False, compute=compute, team=self.team)
 
         with torch_settings(plan.memory.threads):
             if prune is not None and prune.owl and not done.sparsities:
@@ -129,7 +170,10 @@ class LayerRun:
             self.encoding = Encoding(plan.recipe, self.units, done.sparsities)
             whole = "full" in plan.streams
             hessian = plan.recipe.needs == "hessian"
-            made = Stream(skeleton, weights, ids, layers, folder, full=whole, compute=compute) if hessian else norms()
+            made: Stream = norms()
+            if hessian:
+                made.close()
+                made = Stream(skeleton, weights, ids, layers, folder, full=whole, compute=compute, team=self.team)
             with closing(made):
                 made.excluded = set(done.excluded)
                 made.begin(done.layers)
@@ -141,8 +185,8 @@ class LayerRun:
                     else:
                         made.head(*next(iter(head.items())), self._solve)
                     note = {"layer": index, "excluded": sorted(made.excluded), "compute": str(compute).split(".")[1]}
-                    self.committer.note(note)
-                    self.committer.check()
+                    self.team.meet()  # what all have written is on disk
+                    self.sink.note(note)
                     self.done = replace(LayersDone.read([note]), sparsities=done.sparsities)
 
     def _survey(self, stream: NormStream, prune: Prune, layers: int) -> LayersDone:
@@ -162,7 +206,7 @@ class LayerRun:
             stream.survey(index, look)
         assert prune.sparsity is not None
         found = by_outliers(outliers, sizes, prune.sparsity, prune.range)
-        self.committer.note({"sparsities": found})
+        self.sink.note({"sparsities": found})
         return LayersDone(sparsities=tuple(found))
 
     def _look(self, name: str, flat: Array) -> None:
@@ -189,11 +233,6 @@ class LayerRun:
         return restored
 
     def _write(self, unit: Unit, made: Made) -> None:
-        for info in unit.outputs:
-            self.writer.write(info.file, info.offset, made.tensors.pop(info.name))
         report = replace(made.report, nonfinite=self.zeroed.get(unit.name, 0))
         self.reports[unit.name] = report
-        self.committer.seal.tensor(unit)
-        self.committer.put(unit, report)
-        self.progress.advance(unit.source.nbytes)
-        self.progress.unit(unit.name, unit.source.nbytes)
+        self.sink.put(unit, made.tensors, report)

@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, RunError, SourceError
 from quantkit.kernels.rope import to_halves, to_pairs
-from quantkit.layer_runner import LayerRun, LayersDone, can_resume, scratch
+from quantkit.layer_runner import LayerRun, LayersDone, Nowhere, Written, can_resume, scratch
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import index_text
 from quantkit.memory import slab_elements
@@ -44,6 +45,9 @@ from quantkit.output import abandon, open_output
 from quantkit.planner import config_text, weight_map
 from quantkit.plans import CARD, COPY, GENERATED, INDEX, MANIFEST, Plan, Unit
 from quantkit.publication import Measured, finish_manifest, manifest_text, render_from_manifest
+
+if TYPE_CHECKING:
+    from quantkit.solvers.team import Team
 
 READERS = 2  # so that the disk always has a request to work on
 
@@ -65,13 +69,20 @@ class Outcome:
     source_zeros: int | None = None
 
 
-def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, force: bool = False) -> Outcome:
-    """Runs the plan into `out`. Raises OutputError or SourceError before anything is written; NotFiniteError for
-    weights that cannot be quantized, and then nothing is left; SourceError where the source changes, RunError when the
-    machine fails, Interrupted on Ctrl-C: these three can be resumed."""
+def execute(
+    plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, force: bool = False, team: Team | None = None
+) -> Outcome:
+    """Runs the plan into `out`, with a team, if it leads one, whose others run `help_with`.
+
+    Raises OutputError or SourceError before anything is written; NotFiniteError for weights that cannot be quantized,
+    and then nothing is left; SourceError where the source changes, RunError when the machine fails, Interrupted on
+    Ctrl-C: these three can be resumed.
+    """
     started = time.monotonic()
     journal = open_output(out, plan, checkpoint, force=force)
     if journal is None:
+        if team is not None:
+            team.tell(_nothing())
         return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:
         console.warn(warning)
@@ -88,7 +99,7 @@ def execute(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console, *, 
         kept = kept.without(half)
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
-                run = Run(plan, checkpoint, files, writer, journal, console, kept)
+                run = Run(plan, checkpoint, files, writer, journal, console, kept, team=team)
                 measured = run.run(out, layers)
                 files.check_unchanged()
             writer.commit()
@@ -216,9 +227,11 @@ class Run:
         share: Share | None = None,
         *,
         again: bool = True,
+        team: Team | None = None,
     ) -> None:
         """share: what of the plan is to be done. again: whether what was compared with the source before is compared
-        once more."""
+        once more. team: whom layers are solved with."""
+        self.team = team
         self.plan, self.checkpoint, self.files, self.writer, self.console = plan, checkpoint, files, writer, console
         self.share = share
         self.reports = dict(kept.reports)
@@ -270,6 +283,8 @@ class Run:
                         free.append(self._reap(in_flight, progress))
                 free.clear()
                 done = self._layers(out, layers, progress) if calibrated else layers
+                if self.team is not None and not calibrated:
+                    self.team.tell(_nothing())
             outputs = {**self.shards, **self.committer.finish()}
             sources = self.hashes.finish()
         finally:
@@ -286,9 +301,13 @@ class Run:
 
     def _layers(self, out: Path, layers: LayersDone, progress: Progress) -> LayersDone:
         """What is solved layer by layer."""
-        run = LayerRun(
-            self.plan, self.checkpoint, self.files, self.writer, self.committer, progress, self._check_finite
-        )
+        from quantkit.solvers.team import ALONE  # it takes torch
+
+        team = self.team or ALONE
+        sink = Written(self.writer, self.committer, progress)
+        check = partial(check_finite, self.plan, self.files)
+        run = LayerRun(self.plan, self.checkpoint, self.files, sink, check, team)
+        team.tell(layers)
         try:
             run.run(out, layers)
         finally:
@@ -329,7 +348,7 @@ class Run:
         main = unit.outputs[0]
         zeroed = 0
         if self.plan.encoded and source.dtype in FLOATS:
-            zeroed = self._check_finite(unit, start, x)
+            zeroed = check_finite(self.plan, self.files, unit, start, x)
         if unit.calibrated:
             return False
         if state.encoder is None:
@@ -388,19 +407,6 @@ class Run:
         pairs = [(y, x)] if source.scales is not None else zip(source.restore(y, raw), raw, strict=True)
         return all(same_bytes(a, b) for a, b in pairs)
 
-    def _check_finite(self, unit: Unit, start: int, x: Array) -> int:
-        """SourceError at a NaN or an infinity; where they are allowed, sets those of a weight to encode to zero and
-        returns how many they were. A copied tensor keeps them."""
-        from quantkit.kernels.floats import first_nonfinite, zero_nonfinite
-
-        dtype = unit.source.dtype
-        at = first_nonfinite(x, dtype)
-        if at < 0:
-            return 0
-        if not self.plan.recipe.allow_nonfinite:
-            raise not_finite(unit.source, start + at, self.files.folder)
-        return zero_nonfinite(x, dtype) if unit.weight is not None else 0
-
     def _reap(self, in_flight: deque[tuple[_Open, Future[bool], Array]], progress: Progress) -> Array:
         """Waits for the oldest slab, raises what went wrong anywhere, and returns the slab's buffer."""
         state, future, buffer = in_flight.popleft()
@@ -411,6 +417,32 @@ class Run:
             progress.advance(source.nbytes)
             progress.unit(source.name, source.nbytes)
         return buffer
+
+
+def check_finite(plan: Plan, files: SourceFiles, unit: Unit, start: int, x: Array) -> int:
+    """SourceError at a NaN or an infinity; where they are allowed, sets those of a weight to encode to zero and returns
+    how many they were. A copied tensor keeps them."""
+    from quantkit.kernels.floats import first_nonfinite, zero_nonfinite
+
+    dtype = unit.source.dtype
+    at = first_nonfinite(x, dtype)
+    if at < 0:
+        return 0
+    if not plan.recipe.allow_nonfinite:
+        raise not_finite(unit.source, start + at, files.folder)
+    return zero_nonfinite(x, dtype) if unit.weight is not None else 0
+
+
+def help_with(plan: Plan, checkpoint: Checkpoint, out: Path, team: Team) -> None:
+    """The part of a team's others: they solve layers with the leader, who runs `execute`, and writes."""
+    layers = team.tell(_nothing())
+    if layers is not None:
+        with SourceFiles(checkpoint.folder, checkpoint.files) as files:
+            LayerRun(plan, checkpoint, files, Nowhere(), partial(check_finite, plan, files), team).run(out, layers)
+
+
+def _nothing() -> LayersDone | None:
+    return None
 
 
 def _reopen(plan: Plan, out: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
 from quantkit.errors import RunError
+from quantkit.solvers.team import Team
 
 
 class HiddenStates:
@@ -23,7 +24,10 @@ class HiddenStates:
         self.path, self.shape, self.dtype = path, (rows, length, width), dtype
         self.row_bytes = length * width * dtype.itemsize
         self._shapes: dict[int, torch.Size] = {}
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._open()
+
+    def _open(self) -> None:
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +61,15 @@ class HiddenStates:
                 raise EOFError(f"{self.path} ends within row {row}")
             view, offset = view[n:], offset + n
         return hidden.to(device)
+
+    def share(self, team: Team) -> None:
+        """What each has written can be read by all. To be called by all."""
+        if team.alone:
+            return
+        self.close()
+        for shapes in team.gather(self._shapes):
+            self._shapes |= shapes
+        self._open()
 
     def sync(self) -> None:
         """On disk, and as long as if every row had been written."""

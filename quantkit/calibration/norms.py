@@ -37,20 +37,13 @@ class Sums:
     def __init__(self, columns: int, device: torch.device) -> None:
         self.squares, self.tokens = torch.zeros(columns, device=device), 0
 
-    def add(self, x: torch.Tensor) -> bool:
-        """Whether they were finite; if not, they are not counted."""
-        part = squares(x)
-        finite = bool(torch.isfinite(part).all())
-        if finite:
-            self.count(part, tokens_of(x))
-        return finite
-
     def count(self, squares: torch.Tensor, tokens: int) -> None:
         self.squares += squares
         self.tokens += tokens
 
 
 Look = Callable[[str, Norms], torch.Tensor]
+Part = tuple[torch.Tensor, int]  # Σ x² of what a linear gets of a row, and of how many tokens
 
 
 class NormStream(Stream):
@@ -66,7 +59,7 @@ class NormStream(Stream):
             for number, stage in enumerate(_stages(groups, in_order)):
                 keeps = len(stage) == 1 and passes.keeps(stage[0])
                 width = layer.weights[stage[0][0]].shape[1]
-                inputs = self._file(f"input-{number}", width, files) if keeps else None
+                inputs = self._file(f"input-{index}-{number}", width, files) if keeps else None
                 found = self._sums(index, stage, passes, layer, inputs)
                 new: dict[str, torch.Tensor] = {}
                 for group, sums in zip(stage, found, strict=True):
@@ -80,9 +73,10 @@ class NormStream(Stream):
             if index == len(self.linears) - 1:
                 return  # nothing comes after it
             out = self.states["quantized"][(index + 1) % 2]
-            for row in self.rows:
+            for row in self.mine:
                 out.write(row, passes.finish(row))
             out.sync()
+            out.share(self.team)
 
     def _ask(self, look: Look, layer: Layer, name: str, sums: Sums) -> torch.Tensor:
         new = look(name, Norms(layer.weights[name], sums.squares, sums.tokens))
@@ -94,32 +88,45 @@ class NormStream(Stream):
     ) -> list[Sums]:
         """Of each group of a stage, over all rows. Rows with a value that is not finite are left out from here on.
         inputs: where to write what they get, if it is of use later."""
-        found = [Sums(layer.weights[group[0]].shape[1], self.skeleton.device) for group in stage]
-        for row in self.rows:
-            finite: list[bool] = []
+        found = {group[0]: Sums(layer.weights[group[0]].shape[1], self.skeleton.device) for group in stage}
+
+        def look(row: int) -> dict[str, Part]:
+            seen: dict[str, Part] = {}
+
+            def note(name: str, x: torch.Tensor) -> None:
+                seen[name] = squares(x), tokens_of(x)
+
             if len(stage) > 1:  # one pass tells of all
-
-                def add(sums: Sums, x: torch.Tensor, said: list[bool] = finite) -> None:
-                    said.append(sums.add(x))
-
-                wanted = {group[0]: partial(add, sums) for group, sums in zip(stage, found, strict=True)}
-                passes.watch(row, wanted, layer.ready)
+                passes.watch(row, {name: partial(note, name) for name in found}, layer.ready)
             else:
                 x = passes.stop(row, stage[0][0])
-                finite.append(found[0].add(x))
+                note(stage[0][0], x)
                 if inputs is not None:
                     inputs.write(row, x)
-            if not all(finite):
-                self.excluded.add(row)
-                self._check_excluded(index)
-        return found
+            return seen
+
+        self._count(index, look, found)
+        return [found[group[0]] for group in stage]
+
+    def _count(self, index: int, look: Callable[[int], dict[str, Part]], found: Mapping[str, Sums]) -> None:
+        """Counts all rows, in their order, whoever looks at them: as many at a time as there are processes."""
+        for first in range(0, len(self.ids), self.team.size):
+            row = first + self.team.rank
+            seen = look(row) if row in self.mine else {}
+            for n, parts_ in enumerate(self.team.gather(seen)):
+                if not all(bool(torch.isfinite(part).all()) for part, _ in parts_.values()):
+                    self.excluded.add(first + n)
+                    self._check_excluded(index)
+                    continue
+                for name, (part, tokens) in parts_.items():
+                    found[name].count(part, tokens)
 
     @torch.inference_mode()
     def survey(self, index: int, look: Callable[[Mapping[str, Norms]], None]) -> None:
         """Takes all rows through one layer that stays as it is. `look` gets all of its linears."""
         with self._loaded(index) as layer:
             found = {name: Sums(weight.shape[1], self.skeleton.device) for name, weight in layer.weights.items()}
-            seen: dict[str, tuple[torch.Tensor, int]] = {}
+            seen: dict[str, Part] = {}
             last: tuple[torch.Tensor, torch.Tensor] | None = None
 
             def answer(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -133,18 +140,17 @@ class NormStream(Stream):
 
             layer.linears.answer = answer
             out = self.states["quantized"][(index + 1) % 2]
-            for row in self.rows:
+
+            def pass_on(row: int) -> dict[str, Part]:
+                nonlocal last
                 seen.clear()
-                after = self._run(index, "quantized", row)
+                out.write(row, self._run(index, "quantized", row))
                 last = None
-                if not all(bool(torch.isfinite(part).all()) for part, _ in seen.values()):
-                    self.excluded.add(row)
-                    self._check_excluded(index)
-                    continue
-                for name, (part, tokens) in seen.items():
-                    found[name].count(part, tokens)
-                out.write(row, after)
+                return seen
+
+            self._count(index, pass_on, found)
             out.sync()
+            out.share(self.team)
             look({name: Norms(layer.weights[name], sums.squares, sums.tokens) for name, sums in found.items()})
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from quantkit.modules import in_64s
+from quantkit.solvers.team import ALONE, Team
 from quantkit.solvers.threads import in_threads, parts
 
 # What a linear gets: [tokens, in], and the same of the full model; in the dtype that linears compute in.
@@ -26,6 +27,7 @@ def _none() -> Iterator[Row]:
 class Statistics:
     """What linears with one input saw: sums over the tokens of all rows but those held out, float32.
 
+    With a team, everybody adds the same rows, and makes his part of the sums; `finish_sums` puts them together.
     weights: of the linears, [out, in]; ready: the same as the passes compute with. hessian: Σ x xᵀ [in, in], x from the
     quantized stream. cross: by linear, Σ y xᵀ [out, in], y the output of the unquantized linear in the full-precision
     stream; empty without that stream, and for experts. tokens: how many. held_out: the rows held out, gone through at
@@ -40,6 +42,7 @@ class Statistics:
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     tokens: int = 0
     held_out: Callable[[], Iterator[Row]] = _none
+    team: Team = ALONE
     _mixed: torch.Tensor | None = None  # Σ x̃ xᵀ, x̃ from the full-precision stream: all crosses in one
 
     def aim(self) -> None:
@@ -60,26 +63,35 @@ class Statistics:
         self._add(inputs)
         wanted = None if wanted is None else in_64s(wanted)
         if self._mixed is not None and wanted is not None:
-            add_product(self._mixed, wanted.float(), inputs)
+            add_product(self._mixed, wanted.float(), inputs, self.team)
         for name, cross in self.cross.items():
             assert wanted is not None
-            add_product(cross, linear(wanted, self.ready[name]).float(), inputs)
+            add_product(cross, linear(wanted, self.ready[name]).float(), inputs, self.team)
+
+    def _triangle(self) -> tuple[list[slice], list[int]]:
+        """The Hessian's rows in runs, of which what is on and below the diagonal is added up, and who adds them."""
+        runs = parts(len(self.hessian), self.hessian.device)
+        return runs, self.team.owners([(rows.stop - rows.start) * rows.stop for rows in runs])
 
     def _add(self, x: torch.Tensor) -> None:
         def some(rows: slice) -> None:
             self.hessian[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop])
 
-        in_threads(some, parts(x.shape[1], x.device), x.device)
+        in_threads(some, self.team.mine(*self._triangle()), x.device)
 
     def finish_sums(self) -> None:
-        """Makes the Hessian whole, of which only what is on and below the diagonal was added up, and the crosses."""
+        """Makes the Hessian whole, and the crosses."""
+        self.team.exchange(*self._triangle(), [self.hessian])
         for rows in parts(len(self.hessian), self.hessian.device):
             self.hessian[: rows.start, rows] = self.hessian[rows, : rows.start].T
         if (mixed := self._mixed) is not None:
+            exchange_product(mixed, self.team)
             self.cross = self._empty()
             for name, cross in self.cross.items():
-                add_product(cross, self.weights[name].T, mixed)
+                add_product(cross, self.weights[name].T, mixed, self.team)
             self._mixed = None
+        for cross in self.cross.values():
+            exchange_product(cross, self.team)
 
     def probe(self, name: str, step: torch.Tensor) -> tuple[float, float]:
         """(Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of a linear's weight w: how
@@ -87,12 +99,17 @@ class Statistics:
         gain = energy = 0.0
         ready = self.ready[name]
         step = step.to(ready.dtype)
-        for x, wanted in self.held_out():
+        found: list[tuple[int, float, float]] = []
+        for number, (x, wanted) in enumerate(self.held_out()):
+            if number % self.team.size != self.team.rank:
+                continue
             assert wanted is not None
             moved = linear(x, step).float()
             missing = linear(wanted - x, ready).float()
-            gain += float((moved * missing).sum(1).double().sum())
-            energy += float((moved * moved).sum(1).double().sum())
+            products = ((moved * missing).sum(1).double().sum(), (moved * moved).sum(1).double().sum())
+            found.append((number, float(products[0]), float(products[1])))
+        for _, gained, spent in sorted(part for parts_ in self.team.gather(found) for part in parts_):
+            gain, energy = gain + gained, energy + spent
         return gain, energy
 
     def only(self, names: Collection[str]) -> Statistics:
@@ -111,10 +128,19 @@ class Statistics:
         self.finish_sums()
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += aᵀ·b."""
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, team: Team = ALONE) -> None:
+    """total += aᵀ·b; with a team, this process's part of it, until `exchange_product`."""
 
     def some(rows: slice) -> None:
         total[rows].addmm_(a[:, rows].T.float(), b)
 
-    in_threads(some, parts(len(total), total.device), total.device)
+    in_threads(some, team.mine(*_shared(total, team)), total.device)
+
+
+def exchange_product(total: torch.Tensor, team: Team) -> None:
+    team.exchange(*_shared(total, team), [total])
+
+
+def _shared(total: torch.Tensor, team: Team) -> tuple[list[slice], list[int]]:
+    runs = parts(len(total), total.device)
+    return runs, team.owners([rows.stop - rows.start for rows in runs])

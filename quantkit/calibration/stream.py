@@ -23,6 +23,7 @@ from quantkit.calibration.rows import Group, Linears, Passes, apply_linear, in_s
 from quantkit.calibration.skeleton import Call, Place, Skeleton, Weights
 from quantkit.calibration.statistics import Row, Statistics
 from quantkit.errors import RunError
+from quantkit.solvers.team import ALONE, Team
 
 HELD_OUT = 8
 EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a fault of the model or of the text
@@ -60,7 +61,8 @@ class Stream:
     """Hidden states of all rows, and the layers that take them further.
 
     ids: int32 [rows, length]. linears: of each layer, those to solve. full: follow the full-precision model, too.
-    compute: the dtype in which linears multiply; all else is float32.
+    compute: the dtype in which linears multiply; all else is float32. team: who shares the work; each takes some of the
+    rows through the layers, and all see what linears get of every row.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Stream:
         *,
         full: bool,
         compute: torch.dtype = torch.float32,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team
         self.skeleton, self.weights, self.ids, self.linears = skeleton, weights, ids, linears
         self.folder, self.full, self.compute = folder, full, compute
         rows, length = ids.shape
@@ -90,12 +94,19 @@ class Stream:
         with self.skeleton.embedded(self.weights, self.ids) as (hidden, self.calls):
             if layer == 0:
                 for i, row in enumerate(hidden):
-                    for states in self.states.values():
+                    for states in self.states.values() if i in self.mine else ():
                         states[0].write(i, row)
+                for states in self.states.values():
+                    states[0].share(self.team)
 
     @property
     def rows(self) -> list[int]:
         return [r for r in range(len(self.ids)) if r not in self.excluded]
+
+    @property
+    def mine(self) -> list[int]:
+        """The rows that this process takes through the layers."""
+        return [r for r in self.rows if r % self.team.size == self.team.rank]
 
     @torch.inference_mode()
     def layer(self, index: int, solve: Solve) -> None:
@@ -107,7 +118,7 @@ class Stream:
             targets = self._follow_full(index, layer, groups, files) if self.full else {}
             passes = Passes(layer.linears, lambda row: self._run(index, "quantized", row))
             for number, stage in enumerate(in_stages(groups, experts)):
-                inputs = self._file(f"input-{number}", layer.weights[stage[0][0]].shape[1], files, len(stage))
+                inputs = self._file(f"input-{index}-{number}", layer.weights[stage[0][0]].shape[1], files, len(stage))
                 if len(stage) > 1:
                     self._collect(stage, passes, layer, inputs, experts)
                 new: dict[str, torch.Tensor] = {}
@@ -123,6 +134,7 @@ class Stream:
                         target.remove()
                 passes.weights |= new
                 if not any(map(passes.keeps, stage)):
+                    self.team.meet()
                     inputs.remove()
             for name in list(layer.weights):  # nothing calls it: nothing is known of its inputs
                 columns = layer.weights[name].shape[1]
@@ -130,9 +142,10 @@ class Stream:
                 solve((name,), Statistics({name: layer.weights[name]}, {}, nothing))
                 layer.drop((name,))
             out = self.states["quantized"][(index + 1) % 2]
-            for row in self.rows:
+            for row in self.mine:
                 out.write(row, passes.finish(row))
             out.sync()
+            out.share(self.team)
 
     @torch.inference_mode()
     def head(self, name: str, linear: Linear, solve: Solve) -> None:
@@ -169,9 +182,10 @@ class Stream:
     ) -> None:
         """Writes what experts get, one group of linears after the other."""
         outputs = {name: len(weight) for name, weight in layer.weights.items() if name in experts}
-        for row in self.rows:
+        for row in self.mine:
             wanted = {group[0]: partial(inputs.write, place * len(self.ids) + row) for place, group in enumerate(stage)}
             passes.collect(row, wanted, outputs)
+        inputs.share(self.team)
 
     def _run(self, index: int, stream: str, row: int) -> torch.Tensor:
         before = self.states[stream][index % 2].read(row, self.skeleton.device)
@@ -182,13 +196,13 @@ class Stream:
     ) -> dict[Group, HiddenStates]:
         """Takes the full-precision stream through the layer. Returns what each group of linears gets there, on disk."""
         inputs = {
-            group: self._file(f"target-{number}", layer.weights[group[0]].shape[1], files)
+            group: self._file(f"target-{index}-{number}", layer.weights[group[0]].shape[1], files)
             for number, group in enumerate(groups)
             if not self.linears[index][group[0]].expert
         }
         first = {group[0]: states for group, states in inputs.items()}
         out = self.states["full"][(index + 1) % 2]
-        for r in self.rows:
+        for r in self.mine:
 
             def answer(name: str, x: torch.Tensor, row: int = r) -> torch.Tensor:
                 if name in first:
@@ -198,6 +212,8 @@ class Stream:
             layer.linears.answer = answer
             out.write(r, self._run(index, "full", r))
         out.sync()
+        for states in (out, *inputs.values()):
+            states.share(self.team)
         return inputs
 
     def _look(
@@ -216,7 +232,7 @@ class Stream:
         columns, device = inputs.shape[2], self.skeleton.device
         weights = {name: layer.weights[name] for name in group}
         ready = {name: layer.ready[name] for name in group}
-        found = Statistics(weights, ready, torch.zeros(columns, columns, device=device))
+        found = Statistics(weights, ready, torch.zeros(columns, columns, device=device), team=self.team)
         if target is not None:
             found.aim()
         held_out = self.held_out if target is not None else frozenset()
@@ -230,14 +246,21 @@ class Stream:
                 if row in held_out:
                     yield inputs.read(first + row, device).reshape(-1, columns), wanted(row)
 
-        def seen(row: int) -> torch.Tensor:
-            if place is not None:
-                return inputs.read(first + row, device)
+        def look(row: int) -> torch.Tensor:
             x = passes.stop(row, group[0]).to(self.compute)
-            if row in held_out or passes.keeps(group):
+            if row in held_out or passes.keeps(group) or not self.team.alone:
                 inputs.write(row, x)
             return x
 
+        def seen(row: int) -> torch.Tensor:
+            if place is not None or not self.team.alone:
+                return inputs.read(first + row, device)
+            return look(row)
+
+        if place is None and not self.team.alone:
+            for row in self.mine:
+                look(row)
+            inputs.share(self.team)
         for row in self.rows:
             x, aim = seen(row).reshape(-1, columns), wanted(row)
             if not (_finite(x) and (aim is None or _finite(aim))):

@@ -23,7 +23,8 @@ from quantkit.solvers.grids import normalized
 from quantkit.solvers.projection import Projection, arrays, residual, round_all
 from quantkit.solvers.quadratic import row_losses
 from quantkit.solvers.refine import descend, refit
-from quantkit.solvers.threads import in_threads, parts
+from quantkit.solvers.team import ALONE, Team
+from quantkit.solvers.threads import parts
 
 TRIED = 25  # scales for each row of a group
 MAXIMA = np.geomspace(1.12, 0.4, 24)  # of what the row with the largest weights would take for itself
@@ -72,14 +73,15 @@ def nearest_level(levels: Tensor, wanted: Tensor) -> Tensor:
     return torch.searchsorted(middles, wanted.double().contiguous())
 
 
-def search(weight: Tensor, groups: Groups, group: Tensor, importance: Tensor | None) -> _Scales:
+def search(weight: Tensor, groups: Groups, group: Tensor, importance: Tensor | None, team: Team = ALONE) -> _Scales:
     """Scales for float32 [rows, columns], by column the group, on which rounding to nearest loses least, columns
     weighed by `importance` float32 [columns]."""
     weighing = normalized(importance, group)
-    codes = torch.empty((weight.shape[0], len(groups.bits)), dtype=torch.uint8)
+    codes = torch.empty((len(groups.bits), weight.shape[0]), dtype=torch.uint8)
     maxima = torch.empty(len(groups.bits), dtype=torch.float16)
 
-    def one(number: int) -> None:
+    def one(run: slice) -> None:
+        number = run.start
         columns = (group == number).nonzero().flatten()
         own = weight[:, columns].contiguous()
         bits = groups.bits[number]
@@ -93,10 +95,11 @@ def search(weight: Tensor, groups: Groups, group: Tensor, importance: Tensor | N
         chosen, code = np.zeros(1, np.int64), np.empty(len(own), np.uint8)
         choose(table, ratios, base, units, chosen, code)
         maxima[number] = float(tried[chosen[0]])
-        codes[:, number] = torch.from_numpy(code)
+        codes[number] = torch.from_numpy(code)
 
-    in_threads(one, range(len(groups.bits)), weight.device)
-    return _Scales.of(codes, maxima)
+    every = [slice(number, number + 1) for number in range(len(groups.bits))]
+    team.compute(one, every, [codes, maxima], weight.device)
+    return _Scales.of(codes.T.contiguous(), maxima)
 
 
 def nearest(weight: Tensor, groups: Groups, position: Tensor) -> Exl2Coded:
@@ -117,6 +120,7 @@ def solve(
     keep: Tensor | None = None,
     work: Work = Work(),
     damp: float = 0.03,
+    team: Team = ALONE,
 ) -> Solved[Exl2Coded]:
     """The codes of a linear layer; see `solvers.gptq.solve`. factor: of the Hessian's columns by falling diagonal,
     which is the order of the stream, too; None: a fallback, rounding to nearest."""
@@ -125,7 +129,7 @@ def solve(
     aim = (weight if target is None else target).detach()
     importance = None if factor is None else hessian.diagonal() / factor.scale + damp
     masked = aim.float() if keep is None else aim.float() * keep
-    scales = search(masked, groups, group, importance)
+    scales = search(masked, groups, group, importance, team)
     del masked
     projection = _projection(groups, group, scales, keep)
     rows, columns = weight.shape
@@ -151,10 +155,11 @@ def solve(
         codes[part], real[part] = found, own.scales
 
     every = parts(rows, device, columns)
-    in_threads(partial(some, factor=factor), every, device)
+    made = (codes, real, lost, nearest_lost, sizes)
+    team.compute(partial(some, factor=factor), every, made, device)
     report = report_of(sizes, lost, nearest_lost, hessian, factor)
     if report.kept_rtn:
-        in_threads(partial(some, factor=None), every, device)
+        team.compute(partial(some, factor=None), every, made, device)
     by_group = [nearest_level(scales.levels[g], real[:, g]) for g in range(real.shape[1])]
     final = _Scales.of(torch.stack(by_group, 1).to(torch.uint8), scales.maxima)
     return Solved(_coded(groups, codes, final, position), report)
@@ -198,10 +203,11 @@ class Exl2Solver:
         target: Tensor | None,
         keep: Tensor | None,
         factor: Factor | None,
+        team: Team = ALONE,
     ) -> Solved[Exl2Coded]:
-        groups = self.groups(name, weight.shape[1])
+        groups, work, damp = self.groups(name, weight.shape[1]), self.work, self.damp
         with torch.no_grad():
-            return solve(weight, hessian, groups, factor, target=target, keep=keep, work=self.work, damp=self.damp)
+            return solve(weight, hessian, groups, factor, target=target, keep=keep, work=work, damp=damp, team=team)
 
     def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Exl2Coded:
         return nearest(weight, self.groups(name, weight.shape[1]), positions(hessian))

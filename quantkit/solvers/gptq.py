@@ -18,7 +18,8 @@ from quantkit.solvers.grids import Grid, coded, search_scales
 from quantkit.solvers.projection import Projection, residual, round_all, uniform
 from quantkit.solvers.quadratic import row_losses, total
 from quantkit.solvers.refine import descend, refit
-from quantkit.solvers.threads import in_threads, parts, runs
+from quantkit.solvers.team import ALONE, Team
+from quantkit.solvers.threads import parts, runs
 from quantkit.solvers.triangular import solve_symmetric
 
 COLUMNS = 1024  # of a Hessian in one product: oneDNN copies what it reads of it, for each thread
@@ -104,19 +105,20 @@ def solve(
     target: Tensor | None = None,
     keep: Tensor | None = None,
     factor: Factor | None = None,
+    team: Team = ALONE,
 ) -> Solved[Coded]:
     """The codes of a linear layer.
 
     weight: [rows = out, columns = in] of any float type, finite. hessian: float32 [columns, columns], Σ x·xᵀ over
     inputs x, in any unit; left as it is; beside it one more matrix of its size is held. target: as the weight, what to
     come near to instead of it. keep: bool like the weight, false where it is pruned: its code is the zero point.
-    factor: from `factor_for` of the same Hessian and settings. All on one device. Never raises for what the Hessian
-    holds.
+    factor: from `factor_for` of the same Hessian and settings. team: who shares the rows. All on one device. Never
+    raises for what the Hessian holds.
     """
     target = weight if target is None else target
     assert hessian.dtype == torch.float32
     with torch.no_grad():
-        return _solve(weight.detach(), hessian, settings, target.detach(), keep, factor)
+        return _solve(weight.detach(), hessian, settings, target.detach(), keep, factor, team)
 
 
 class _Rows:
@@ -132,7 +134,13 @@ class _Rows:
 
 
 def _solve(
-    weight: Tensor, hessian: Tensor, settings: Settings, target: Tensor, keep: Tensor | None, factor: Factor | None
+    weight: Tensor,
+    hessian: Tensor,
+    settings: Settings,
+    target: Tensor,
+    keep: Tensor | None,
+    factor: Factor | None,
+    team: Team,
 ) -> Solved[Coded]:
     grid = settings.grid
     order = processing_order(hessian, settings.order)
@@ -158,7 +166,8 @@ def _solve(
 
     def solve_rows(factor: Factor | None) -> None:
         rows = parts(weight.shape[0], weight.device, weight.shape[1])
-        in_threads(partial(some, factor=factor), rows, weight.device)
+        made = (found.codes, found.scales, found.zeros, found.losses, found.nearest_losses, found.sizes)
+        team.compute(partial(some, factor=factor), rows, made, weight.device)
 
     solve_rows(factor)
     report = report_of(found.sizes, found.losses, found.nearest_losses, hessian, factor)
@@ -195,7 +204,7 @@ def _refined(
     return projection, codes
 
 
-def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) -> Tensor:
+def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float, team: Team = ALONE) -> Tensor:
     """(G − W·H)·(H + ridge·mean(diag H)·I)⁻¹, float32 [rows, columns], in place of G: how far the weight must go to
     make up for inputs that are not those it was trained on.
 
@@ -215,5 +224,5 @@ def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float) ->
             missing[:, factor.dead] = 0
             solve_symmetric(factor.lower, factor.pivots, missing)
 
-        in_threads(part, parts(weight.shape[0], weight.device, weight.shape[1]), weight.device)
+        team.compute(part, parts(weight.shape[0], weight.device, weight.shape[1]), [cross], weight.device)
         return cross

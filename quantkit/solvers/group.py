@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.solvers.factor import Factor
 from quantkit.solvers.gptq import Report, Restorable, Settings, Solved, factor_for, solve, step_toward
 from quantkit.solvers.grids import Grid, rtn
+from quantkit.solvers.team import ALONE, Team
 from quantkit.torch_setup import give_back_beside
 
 Effort = Literal["low", "default", "high"]
@@ -49,6 +50,7 @@ class Solver(Protocol):
         target: Tensor | None,
         keep: Tensor | None,
         factor: Factor | None,
+        team: Team = ALONE,
     ) -> Solved[Restorable]: ...
 
     def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Restorable: ...
@@ -73,8 +75,9 @@ class GptqSolver:
         target: Tensor | None,
         keep: Tensor | None,
         factor: Factor | None,
+        team: Team = ALONE,
     ) -> Solved[Restorable]:
-        return solve(weight, hessian, self._own(name), target=target, keep=keep, factor=factor)
+        return solve(weight, hessian, self._own(name), target=target, keep=keep, factor=factor, team=team)
 
     def nearest(self, name: str, weight: Tensor, hessian: Tensor) -> Restorable:
         return rtn(weight, self._own(name).grid)
@@ -90,6 +93,7 @@ class Statistics(Protocol):
     hessian: Tensor
     cross: dict[str, Tensor]
     tokens: int
+    team: Team
 
     def probe(self, name: str, step: Tensor) -> tuple[float, float]: ...
 
@@ -105,7 +109,7 @@ def aim(found: Statistics) -> dict[str, Tensor]:
     targets: dict[str, Tensor] = {}
     for name in list(found.cross):
         weight = found.weights[name]
-        step = step_toward(weight, found.hessian, found.cross.pop(name), RIDGE)
+        step = step_toward(weight, found.hessian, found.cross.pop(name), RIDGE, found.team)
         part = strength(*found.probe(name, step))
         targets[name] = step.mul_(part).add_(weight)
     found.complete()
@@ -130,7 +134,7 @@ def solve_group(
     last = [*weights][-1]
     for name, weight in weights.items():
         target, kept = targets.pop(name, None), keep.pop(name, None)
-        solved = solver.solve(name, weight, found.hessian, target=target, keep=kept, factor=factor)
+        solved = solver.solve(name, weight, found.hessian, target=target, keep=kept, factor=factor, team=found.team)
         if name == last:
             factor = None  # as large as the Hessian: not to be held while the last weight is packed
         yield name, solved

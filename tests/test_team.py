@@ -1,0 +1,196 @@
+"""Processes that torchrun starts, on one job: the same bytes as one process writes, whatever their number, and whoever
+dies on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from eval_models import build, text_of
+from hypothesis import given
+from hypothesis import strategies as st
+from test_resume import digests
+
+from quantkit.solvers.team import Team
+
+CALIBRATION = ("--calib-samples", "6", "--calib-length", "64")
+JOBS = {
+    "gptq": ("quantize", "--method", "gptq", "--bits", "4", "--group-size", "32"),
+    "low": ("quantize", "--method", "gptq", "--bits", "3", "--group-size", "32", "--effort", "low"),
+    "wanda": ("prune", "--sparsity", "0.5"),
+    "owl": ("prune", "--sparsity", "0.5", "--owl"),
+    "sparsegpt": ("prune", "--method", "sparsegpt", "--pattern", "2:4"),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("team")
+    build(folder / "model")
+    build(folder / "experts", "mixtral")
+    (folder / "text.txt").write_text(text_of(12_000))
+    return folder
+
+
+def line(job: str, model: str, out: str, *options: str) -> list[str]:
+    verb, *rest = JOBS[job]
+    return [verb, model, "-o", out, *rest, "--calib", "text.txt", *CALIBRATION, "--quiet", *options]
+
+
+def alone(work: Path, *words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "quantkit", *words], cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def torchrun(work: Path, size: int, *words: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, "-m", "quantkit", *words], cwd=work, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def together(work: Path, size: int, *words: str) -> tuple[int, str, str]:
+    process = torchrun(work, size, *words)
+    stdout, stderr = process.communicate(timeout=180)
+    return process.returncode, stdout, stderr
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("job", "model", "size"), [
+    ("gptq", "model", 4), ("wanda", "experts", 2), pytest.param("gptq", "experts", 3, marks=SLOW),
+    pytest.param("low", "model", 2, marks=SLOW), pytest.param("owl", "model", 2, marks=SLOW),
+    pytest.param("sparsegpt", "model", 3, marks=SLOW),
+])  # fmt: skip
+def test_the_same_bytes(work: Path, job: str, model: str, size: int) -> None:
+    one, many = f"{job}-{model}-one", f"{job}-{model}-many"
+    alone(work, *line(job, model, one))
+    code, stdout, stderr = together(work, size, *line(job, model, many))
+    assert code == 0, stderr
+    assert stdout.count("peak RAM") == 1, "one speaks"
+    assert digests(work / many) == digests(work / one)
+
+
+def test_exl2_of_a_measurement(work: Path) -> None:
+    options = ["--method", "exl2", "--bits", "5", "--calib", "text.txt", *CALIBRATION, "--quiet"]
+    code, _, stderr = together(work, 2, "quantize", "model", "-o", "unmeasured", *options)
+    assert code != 0
+    assert "quantkit measure" in stderr
+    alone(work, "measure", "model", "-o", "m.json", "--method", "exl2", "--calib", "text.txt", *CALIBRATION, "--quiet")
+    options += ["--measurement", "m.json"]
+    alone(work, "quantize", "model", "-o", "exl2-one", *options)
+    code, _, stderr = together(work, 2, "quantize", "model", "-o", "exl2-many", *options)
+    assert code == 0, stderr
+    assert digests(work / "exl2-many") == digests(work / "exl2-one")
+
+
+def test_without_a_text(work: Path) -> None:
+    alone(work, "quantize", "model", "-o", "nf4-one", "--bits", "4", "--quiet")
+    code, _, stderr = together(work, 3, "quantize", "model", "-o", "nf4-many", "--bits", "4", "--quiet")
+    assert code == 0, stderr
+    assert digests(work / "nf4-many") == digests(work / "nf4-one")
+    code, stdout, _ = together(work, 2, "quantize", "model", "-o", "nf4-many", "--bits", "4", "--quiet")
+    assert code == 0
+    assert "finished already" in stdout
+
+
+def test_eval(work: Path) -> None:
+    alone(work, "quantize", "model", "-o", "judged", "--bits", "4", "--quiet")
+    words = ["eval", "judged", "--text", "text.txt", "--against", "model", "--windows", "5", "--length", "64"]
+    words += ["--threads", "1", "--quiet"]
+    alone(work, *words)
+    wanted = digests(work / "judged")
+    assert "evaluation.json" in wanted
+    shutil.rmtree(work / "judged")
+    alone(work, "quantize", "model", "-o", "judged", "--bits", "4", "--quiet")
+    code, stdout, stderr = together(work, 2, *words)
+    assert code == 0, stderr
+    assert stdout.count("KL divergence") == 1
+    assert digests(work / "judged") == wanted
+    code, _, stderr = together(work, 3, *words, "--windows", "2", "--no-record")
+    assert code != 0
+    assert stderr.count("too few for 3 processes") == 1
+
+
+def ranks(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of what a launcher has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            parent = status.read_text().partition("PPid:")[2].split()[0]
+        except (OSError, IndexError):  # it has ended meanwhile
+            continue
+        if int(parent) == launcher.pid:
+            found.append(int(status.parent.name))
+    return sorted(found)
+
+
+def layers(out: Path) -> int:
+    try:
+        return (out / ".quantkit" / "journal").read_bytes().count(b'"layer"')
+    except OSError:
+        return 0
+
+
+@pytest.mark.slow
+def test_ranks_that_die(work: Path) -> None:
+    """One is killed in some layer, the leader as well as others; the next try has another number of them."""
+    build(work / "deep", num_hidden_layers=16, hidden_size=192, intermediate_size=768)
+    more = ("--calib-samples", "64", "--calib-length", "128")
+    alone(work, *line("gptq", "deep", "kills-one", *more))
+    rng, reached = random.Random(5), []
+    for size in (2, 3, 2, 3, 2):
+        process = torchrun(work, size, *line("gptq", "deep", "kills-many", *more))
+        wanted = layers(work / "kills-many") + rng.randint(0, 2)
+        started = ranks(process)
+        while process.poll() is None and (layers(work / "kills-many") < wanted or len(started) < size):
+            started = ranks(process)
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        os.kill(rng.choice(ranks(process)), signal.SIGKILL)
+        process.communicate(timeout=120)
+        assert process.returncode != 0
+        reached.append(layers(work / "kills-many"))
+    assert reached == sorted(reached)
+    assert reached[-1] > 0
+    assert not (work / "kills-many" / "config.json").exists()
+    code, _, stderr = together(work, 2, *line("gptq", "deep", "kills-many", *more))
+    assert code == 0, stderr
+    assert digests(work / "kills-many") == digests(work / "kills-one")
+
+
+def test_what_is_wrong_is_said_once(work: Path) -> None:
+    code, _, stderr = together(work, 2, "quantize", "model", "-o", "wrong", "--bits", "5.5.5", "--quiet")
+    assert code != 0
+    assert stderr.count("error: ") == 1
+    shutil.rmtree(work / "wrong", ignore_errors=True)
+
+
+@given(st.lists(st.integers(0, 10**9), max_size=40), st.integers(1, 9))
+def test_owners_have_about_the_same_to_do(costs: list[int], size: int) -> None:
+    owners = Team(0, size).owners(costs)
+    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
+    assert max(loads) <= sum(costs) / size + max(costs, default=0)
+
+
+def test_alone_nothing_is_sent() -> None:
+    team, total = Team(), torch.zeros(4, 2)
+
+    def one(rows: slice) -> None:
+        total[rows] += 1
+
+    team.compute(one, [slice(0, 3), slice(3, 4)], [total], total.device)
+    assert torch.equal(total, torch.ones(4, 2))
+    assert team.tell(3) == 3
+    assert team.gather("x") == ["x"]
