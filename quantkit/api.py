@@ -172,20 +172,21 @@ def expected_losses(found: Measurement, recipe: Recipe) -> dict[float, float]:
     return curve
 
 
-def measure_recipe(recipe: Recipe, out: Path, *, console: Console = _QUIET) -> Measurement:
+def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, console: Console = _QUIET) -> Measurement:
     if recipe.mixing is None:
         raise UsageError("only methods that mix bits are measured for", hint="name exl2, gptq or bnb, or none")
     _check_device(recipe.resources.device)
     folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
     checkpoint = open_checkpoint(folder, native=recipe.native.options)
     linears, specs, params = linears_to_mix(recipe, checkpoint)
+    recipe = recipe if team is None else _shared_cores(recipe, team)
     job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
     path = expand(str(out))
     if path.exists():
         return _measured(job, path)
     memory = measuring_memory(recipe, checkpoint, source_tensors(checkpoint), linears, job.tokens)
     console.note(f"peak RAM {human_bytes(memory.peak)}, scratch on disk {human_bytes(memory.scratch)}")
-    return measure_job(job, path, console)
+    return measure_job(job, path, console, team)
 
 
 def _measured(job: Job, path: Path) -> Measurement:
@@ -284,16 +285,14 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
     params = None if recipe.quantize is None else recipe.quantize.params
     if isinstance(params, Mixed) and params.measurement is None and not params.mixes:
         raise UsageError(
-            "bits are not measured yet, which one process does",
+            "bits are not measured yet",
             where=recipe.output,
-            hint="run `quantkit measure` first, and name its file: --measurement FILE",
+            hint="run `quantkit measure` first, by as many processes, and name its file: --measurement FILE",
         )
     out = expand(recipe.output)
     with joined() as team:
         started = time.monotonic()
-        if recipe.resources.threads is None:
-            threads = max(1, cores() // team.here)
-            recipe = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": threads})})
+        recipe = _shared_cores(recipe, team)
         job, checkpoint = plan_recipe(recipe, data_present=True, force=force, console=console)
         made: Outcome | None = None
         if any(u.calibrated for u in job.units):
@@ -312,6 +311,14 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
                 made = part if part.already_done else finish_parts(job, checkpoint, out, console)
         team.meet()
         return None if made is None else replace(made, seconds=time.monotonic() - started)
+
+
+def _shared_cores(recipe: Recipe, team: Team) -> Recipe:
+    """The recipe with as many threads as this machine has for each process of a team."""
+    if recipe.resources.threads is not None:
+        return recipe
+    resources = recipe.resources.model_copy(update={"threads": max(1, cores() // team.here)})
+    return recipe.model_copy(update={"resources": resources})
 
 
 def finish(out: str | Path, *, source: str | None = None, console: Console = _QUIET) -> Outcome:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from quantkit.cli_options import Bits, follows, launched, options, output_options
+from quantkit.cli_options import Bits, follows, launched, options, output_options, team
 from quantkit.cli_publish import COMMANDS
 from quantkit.cli_text import outcome_text, plan_text
 from quantkit.console import Console, table
@@ -271,7 +271,10 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         raise UsageError("rtn does not mix bits, so there is nothing to measure for it", hint="name exl2, gptq or bnb")
     named = {"method": "exl2", "min_bits": 0.0} | {key: value for key, value in options.items() if value is not None}
     recipe = _recipe(named, "quantize")  # min_bits: whatever they are, they are mixed
-    found = api.measure_recipe(recipe, file, console=console)
+    with team() as joined:
+        found = api.measure_recipe(recipe, file, team=joined, console=Console(speaks=False) if follows() else console)
+    if follows():
+        return
     curve = api.expected_losses(found, recipe)
     rows = [
         ("measured", f"{len(found.linears):,} linear layers, {found.rows:,} rows of {found.length:,} tokens"),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from quantkit.solvers.team import Team
 
 # By these torch.distributed finds the processes of a team: torchrun sets them, or a script for a scheduler.
 TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -24,6 +28,15 @@ def launched() -> bool:
 def follows() -> bool:
     """Whether another of the team speaks."""
     return launched() and os.environ["RANK"] != "0"
+
+
+def team() -> AbstractContextManager[Team | None]:
+    """The team that this process is one of; None if it is alone."""
+    if not launched():
+        return nullcontext()
+    from quantkit.solvers.team import joined
+
+    return joined()
 
 
 def output_options(function: F) -> F:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
-from quantkit.cli_options import follows, launched, options, output_options
+from quantkit.cli_options import follows, options, output_options, team
 from quantkit.cli_text import evaluation_text, pushed_text, scores_text
 from quantkit.console import Console
 from quantkit.errors import GateError, UsageError, VerifyError
-
-if TYPE_CHECKING:
-    from quantkit.solvers.team import Team
 
 protocol_options = options(
     click.option(
@@ -26,14 +22,6 @@ protocol_options = options(
     click.option("--threads", type=int, help="Threads that compute.  [default: all cores]"),
     click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda."),
 )
-
-
-def _team() -> AbstractContextManager[Team | None]:
-    if not launched():
-        return nullcontext()
-    from quantkit.solvers.team import joined
-
-    return joined()
 
 
 @click.command("eval")
@@ -87,11 +75,11 @@ def evaluate(
         return
     if unfit := [key for key, value in (("limit", limit), ("shots", shots), ("include", include)) if value is not None]:
         raise UsageError(f"--{unfit[0]} is for --lm-eval", hint="leave it out")
-    with _team() as team:
+    with team() as joined:
         found = api.evaluate(
             folder,
             windows=_windows(windows),
-            team=team,
+            team=joined,
             console=Console(speaks=False) if follows() else console,
             **given,
         )

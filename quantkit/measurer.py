@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibration.energies import Energies
     from quantkit.calibration.statistics import Statistics
+    from quantkit.solvers.team import Team
 
 SAMPLE = 384  # outputs of a linear that stand for all of them
 HELD_OUT = 3  # one row in so many is not among those that weights are solved on
@@ -87,8 +88,23 @@ def workplace(path: Path) -> Path:
     return path.with_name(path.name + ".work")
 
 
-def measure(job: Job, path: Path, console: Console) -> Measurement:
-    """Measures, and writes `path`. Raises Interrupted on Ctrl-C: the same call takes up where it stopped."""
+def measure(job: Job, path: Path, console: Console, team: Team | None = None) -> Measurement:
+    """Measures, and writes `path`, with a team, if there is one, whose leader writes. Raises Interrupted on Ctrl-C: the
+    same call takes up where it stopped."""
+    if team is not None and not team.leads:
+        with SourceFiles(job.checkpoint.folder, job.checkpoint.files) as files:
+            _Run(job, workplace(path) / FOLDER / "hidden", files, None, console, team).run()
+        told: Measurement = team.tell(_unknown())
+        return told
+    found = _measure(job, path, console, team)
+    return found if team is None else team.tell(found)
+
+
+def _unknown() -> Any:
+    """What the leader will tell."""
+
+
+def _measure(job: Job, path: Path, console: Console, team: Team | None) -> Measurement:
     work = workplace(path)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -103,7 +119,7 @@ def measure(job: Job, path: Path, console: Console) -> Measurement:
             head = {"quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "method": job.label}
             if journal.head != head:
                 journal.start(head)
-            losses, kinds = _Run(job, work / FOLDER / "hidden", files, journal, console).run()
+            losses, kinds = _Run(job, work / FOLDER / "hidden", files, journal, console, team).run()
         count, length = job.tokens.ids.shape
         found = Measurement(
             format=FORMAT, quantkit=__version__, method=job.label, source=job.source, weights=weights,
@@ -130,8 +146,21 @@ def measure(job: Job, path: Path, console: Console) -> Measurement:
 
 
 class _Run:
-    def __init__(self, job: Job, scratch: Path, files: SourceFiles, journal: Journal, console: Console) -> None:
+    """journal: the leader's; others of a team have none. Gradients and trials, of few rows, are the leader's alone."""
+
+    def __init__(
+        self,
+        job: Job,
+        scratch: Path,
+        files: SourceFiles,
+        journal: Journal | None,
+        console: Console,
+        team: Team | None,
+    ) -> None:
+        from quantkit.solvers.team import ALONE
+
         self.job, self.scratch, self.files, self.journal, self.console = job, scratch, files, journal, console
+        self.team = team or ALONE
         self.specs = {spec.module: spec for spec in job.specs}
 
     def run(self) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -156,19 +185,21 @@ class _Run:
             layers[linear.layer][linear.module] = Streamed(
                 places[f"{linear.module}.weight"], linear.transposed, linear.expert
             )
-        self.scratch.mkdir(exist_ok=True)
+        entries = [] if self.journal is None else self.journal.entries
+        if self.team.leads:
+            self.scratch.mkdir(exist_ok=True)
         compute = fast_dtype(skeleton.device)
         ids = torch.from_numpy(job.tokens.ids.copy())
         found: dict[str, dict[str, float]] = {}
-        done = [e for e in self.journal.entries if "layer" in e]
+        done = [e for e in entries if "layer" in e]
         kept = self.scratch / "gradients.safetensors"
-        known = kept.is_file() and any("gradients" in e for e in self.journal.entries)
+        known = kept.is_file() and any("gradients" in e for e in entries)
         size = sum(spec.numel for spec in job.specs)
         # Weights are solved on some rows, and what that costs is looked at on others.
         first = len(ids) - len(ids) // HELD_OUT
         held_out = ids[first:] if first < len(ids) else ids
         with torch_settings(job.threads), self.console.progress(3 * size) as progress:
-            if not known:
+            if not known and self.journal is not None:
                 short = held_out[:SHORT_ROWS, :SHORT]
                 squares = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
                     lambda index: self._passed(progress, layers[index], f"gradients, layer {index}")
@@ -177,17 +208,25 @@ class _Run:
                 self.journal.append([{"gradients": kept.name}])
             else:
                 progress.advance(2 * size)
+            self.team.meet()
             gradients = read_squares(kept)
             kinds = {x.module: kind_of(x.module, x.layer) for x in job.linears if x.layer >= 0}
             few = held_out[:TRIAL_ROWS, :SHORT]
             with (
-                closing(Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute)) as stream,
-                closing(Trials(skeleton, weights, few, layers, kinds, self.scratch, compute)) as trials,
+                closing(
+                    Stream(skeleton, weights, ids, layers, self.scratch, full=False, compute=compute, team=self.team)
+                ) as stream,
+                ExitStack() as stack,
             ):
-                if done and not (_kept(stream, len(done)) and trials.kept(len(done))):
-                    done = []  # and nothing of them may be taken for a layer of this run
-                    self.journal.start(self.journal.head or {})
-                    self.journal.append([{"gradients": kept.name}])
+                trials = None
+                if self.journal is not None:
+                    trials = Trials(skeleton, weights, few, layers, kinds, self.scratch, compute)
+                    stack.enter_context(closing(trials))
+                    if done and not (_kept(stream, len(done)) and trials.kept(len(done))):
+                        done = []  # and nothing of them may be taken for a layer of this run
+                        self.journal.start(self.journal.head or {})
+                        self.journal.append([{"gradients": kept.name}])
+                done = self.team.tell(done)
                 for entry in done:
                     found |= entry["losses"]
                     stream.excluded = set(entry["excluded"])
@@ -196,7 +235,8 @@ class _Run:
                 stream.apart = frozenset(range(first, len(ids)))
                 stream.watch = energies.add
                 stream.begin(len(done))
-                trials.begin(len(done))
+                if trials is not None:
+                    trials.begin(len(done))
                 for index in range(len(done), len(layers)):
                     losses: dict[str, dict[str, float]] = {}
                     other: dict[str, torch.Tensor] = {}
@@ -207,19 +247,20 @@ class _Run:
                         losses: dict[str, Any] = losses,
                         other: dict[str, torch.Tensor] = other,
                     ) -> Mapping[str, torch.Tensor]:
-                        lost, restored = _losses(seen, job, self.specs, energies)
+                        lost, restored = _losses(seen, job, self.specs, energies, self.team)
                         losses |= lost
                         other |= {name: weight.to(skeleton.device, compute) for name, weight in restored.items()}
                         return dict(seen.weights)
 
                     stream.layer(index, look)
-                    trials.layer(index, other)
+                    if trials is not None and self.journal is not None:
+                        trials.layer(index, other)
+                        entry = {"layer": index, "losses": losses, "excluded": sorted(stream.excluded)}
+                        self.journal.append([entry])
                     other.clear()
-                    entry = {"layer": index, "losses": losses, "excluded": sorted(stream.excluded)}
-                    self.journal.append([entry])
                     found |= losses
                     self._passed(progress, layers[index], f"losses, layer {index}")
-                measured = trials.divergences()
+                measured = self.team.tell({} if trials is None else trials.divergences())
         return self._corrected(found, kinds, measured)
 
     def _corrected(
@@ -264,9 +305,10 @@ def _kept(stream: Any, layer: int) -> bool:
 
 
 def _losses(
-    seen: Statistics, job: Job, specs: Mapping[str, WeightSpec], energies: Energies
+    seen: Statistics, job: Job, specs: Mapping[str, WeightSpec], energies: Energies, team: Team
 ) -> tuple[dict[str, dict[str, float]], dict[str, torch.Tensor]]:
-    """Of the linears that share an input, by mix, in nats a token; and their weights [out, in] as a trial has them."""
+    """Of the linears that share an input, by mix, in nats a token; and their weights [out, in] as a trial has them, for
+    the leader of a team. Each of a team tries some of the mixes."""
     import torch
 
     from quantkit.solvers.group import FEWEST_TOKENS
@@ -287,7 +329,10 @@ def _losses(
         share = 0.5 * float(weighing.sum()) / max(float(weighing[rows].sum()), 1e-300) / max(tokens, 1e-300)
         own: dict[str, float] = {}
         whole = _trial_mix(job, specs[name])
-        for option in job.mixing.options(job.params, specs[name]):
+        options = job.mixing.options(job.params, specs[name])
+        for number, option in enumerate(sorted(options, key=lambda mix: mix != whole)):
+            if number % team.size != team.rank:  # the whole one is the leader's
+                continue
             tried = weight.float() if option == whole else some
             if factor is None:
                 coded = trials[option].nearest(name, tried, seen.hessian)
@@ -299,7 +344,14 @@ def _losses(
             lost = row_losses(some - restored, energy)
             own[option] = float(f"{float((lost * weighing[rows]).sum()) * share:.6g}")
         found[name] = own
-    return found, other
+    for theirs in team.gather(found):
+        for name, own in theirs.items():
+            found[name] |= own
+    in_order = {
+        name: {option: own[option] for option in job.mixing.options(job.params, specs[name])}
+        for name, own in found.items()
+    }
+    return in_order, other
 
 
 def _trial_mix(job: Job, spec: WeightSpec) -> str:

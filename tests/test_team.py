@@ -87,7 +87,13 @@ def test_exl2_of_a_measurement(work: Path) -> None:
     code, _, stderr = together(work, 2, "quantize", "model", "-o", "unmeasured", *options)
     assert code != 0
     assert "quantkit measure" in stderr
-    alone(work, "measure", "model", "-o", "m.json", "--method", "exl2", "--calib", "text.txt", *CALIBRATION, "--quiet")
+    measured = ["--method", "exl2", "--calib", "text.txt", *CALIBRATION, "--quiet"]
+    alone(work, "measure", "model", "-o", "m.json", *measured)
+    code, stdout, stderr = together(work, 2, "measure", "model", "-o", "many.json", *measured)
+    assert code == 0, stderr
+    assert stdout.count("expected KL") == 1
+    assert (work / "many.json").read_bytes() == (work / "m.json").read_bytes()
+    assert not (work / "many.json.work").exists()
     options += ["--measurement", "m.json"]
     alone(work, "quantize", "model", "-o", "exl2-one", *options)
     code, _, stderr = together(work, 2, "quantize", "model", "-o", "exl2-many", *options)

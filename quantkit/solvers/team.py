@@ -145,8 +145,8 @@ def joined() -> Iterator[Team]:
 def _peers() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, pickle.UnpicklingError) as e:
+    except (RuntimeError, pickle.UnpicklingError):  # in words that say nothing of what happened there
         raise RunError(
-            f"another process of the team is gone: {str(e).splitlines()[0] if str(e) else type(e).__name__}",
+            "another process of the team is gone",
             hint="see what it said; the same command takes up where it stopped, also with another number of processes",
         ) from None

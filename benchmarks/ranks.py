@@ -1,0 +1,91 @@
+"""What a second process is good for: jobs by one process on one core, and by two on a core each.
+
+`ranks.py --calib valid.txt` quantizes SmolLM2-135M by GPTQ, by torchrun with one rank and with two, and a larger random
+checkpoint (`make_7b.py` makes it; --big names its folder) to NF4, by one part and by two with `finish`. Every process
+has one thread, and is bound to one core; what they write is compared. --runs: of how many the median is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+QUANTKIT = [sys.executable, "-m", "quantkit"]
+# A rank, bound to the core that its number in the team is.
+BOUND = "import os, sys; os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ['LOCAL_RANK'])]}); "
+BOUND += "from quantkit.cli import main; main()"
+
+
+def started(command: Sequence[str], core: int | None = None) -> subprocess.Popen[bytes]:
+    line = [*command] if core is None else ["taskset", "-c", str(core), *command]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(line, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def timed(*commands: tuple[Sequence[str], int | None]) -> float:
+    """Seconds until all have ended."""
+    begun = time.monotonic()
+    processes = [started(command, core) for command, core in commands]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit("failed")
+    return time.monotonic() - begun
+
+
+def gptq(a: argparse.Namespace, out: Path, size: int) -> float:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    words = ["quantize", str(a.model), "-o", str(out), "--method", "gptq", "--calib", str(a.calib), "--threads", "1"]
+    words += ["--calib-samples", str(a.samples), "--calib-length", "1024", "--quiet"]
+    script = out.with_suffix(".py")
+    script.write_text(BOUND)
+    return timed(([*launcher, str(script), *words], None))
+
+
+def nf4(a: argparse.Namespace, out: Path, size: int) -> float:
+    words = [*QUANTKIT, "quantize", str(a.big), "-o", str(out), "--bits", "4", "--threads", "1", "--quiet"]
+    if size == 1:
+        return timed((words, 0))
+    parts = timed(*(([*words, "--part", f"{n + 1}/{size}"], n) for n in range(size)))
+    return parts + timed(([*QUANTKIT, "finish", str(out), "--quiet"], 0))
+
+
+def same(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    return filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path(".demo/SmolLM2-135M-Instruct"))
+    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--big", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
+    a = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="ranks-", dir=Path.cwd()))
+    print("| | one, seconds | two | | the same bytes |\n|---|--:|--:|--:|---|", flush=True)
+    for name, job in (("gptq", gptq), ("nf4", nf4)):
+        if job is nf4 and a.big is None:
+            continue
+        found: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(a.runs):
+            for size, times in found.items():
+                shutil.rmtree(work / str(size), ignore_errors=True)
+                times.append(job(a, work / str(size), size))
+        one, two = (statistics.median(times) for times in found.values())
+        equal = "yes" if same(work / "1", work / "2") else "NO"
+        print(f"| {name} | {one:.1f} | {two:.1f} | {one / two:.2f} × | {equal} |", flush=True)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
