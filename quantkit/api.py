@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit import folder_card
 from quantkit.checkpoint.reader import read_json
-from quantkit.checkpoint.system import cores
 from quantkit.comparer import (
     Compared,
     Comparisons,
@@ -24,7 +23,7 @@ from quantkit.comparer import (
     write_comparison,
 )
 from quantkit.console import Console, human_bytes
-from quantkit.errors import NotFiniteError, OutputError, SourceError, UsageError
+from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluation_record import Record
 from quantkit.evaluator import WINDOWS, Subject, Windows, evaluate_folder
@@ -48,6 +47,7 @@ from quantkit.restored import open_files, open_source
 from quantkit.runner import Outcome, execute, help_with
 from quantkit.seal import Seal, seal
 from quantkit.sharing import Part, parse_part
+from quantkit.teamwork import shared_cores, signed
 from quantkit.verifier import Verification, verify_folder
 
 if TYPE_CHECKING:
@@ -176,15 +176,23 @@ def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, conso
     if recipe.mixing is None:
         raise UsageError("only methods that mix bits are measured for", hint="name exl2, gptq or bnb, or none")
     _check_device(recipe.resources.device)
-    folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
-    checkpoint = open_checkpoint(folder, native=recipe.native.options)
-    linears, specs, params = linears_to_mix(recipe, checkpoint)
-    recipe = recipe if team is None else _shared_cores(recipe, team)
-    job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
+    recipe = recipe if team is None else shared_cores(recipe, team)
+
+    def begin() -> Job:
+        folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
+        checkpoint = open_checkpoint(folder, native=recipe.native.options)
+        linears, specs, params = linears_to_mix(recipe, checkpoint)
+        return Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
+
     path = expand(str(out))
-    if path.exists():
+    if team is None:
+        job, there = begin(), path.exists()
+    else:
+        job = team.begin(begin, lambda made: signed(made.checkpoint, made.tokens, method=made.label))
+        there = team.tell(path.exists())
+    if there:
         return _measured(job, path)
-    memory = measuring_memory(recipe, checkpoint, source_tensors(checkpoint), linears, job.tokens)
+    memory = measuring_memory(recipe, job.checkpoint, source_tensors(job.checkpoint), job.linears, job.tokens)
     console.note(f"peak RAM {human_bytes(memory.peak)}, scratch on disk {human_bytes(memory.scratch)}")
     return measure_job(job, path, console, team)
 
@@ -282,43 +290,41 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
 
     if not recipe.output:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
-    params = None if recipe.quantize is None else recipe.quantize.params
-    if isinstance(params, Mixed) and params.measurement is None and not params.mixes:
-        raise UsageError(
-            "bits are not measured yet",
-            where=recipe.output,
-            hint="run `quantkit measure` first, by as many processes, and name its file: --measurement FILE",
-        )
     out = expand(recipe.output)
     with joined() as team:
         started = time.monotonic()
-        recipe = _shared_cores(recipe, team)
-        job, checkpoint = plan_recipe(recipe, data_present=True, force=force, console=console)
+        recipe = shared_cores(recipe, team)
+
+        def begin() -> tuple[Plan, Checkpoint]:
+            job, checkpoint = plan_recipe(recipe, data_present=True, force=force, console=console)
+            calibrated = any(u.calibrated for u in job.units)
+            if job.allocation is not None and job.allocation.assumed:
+                raise UsageError(
+                    "bits are not measured yet",
+                    where=str(out),
+                    hint="run `quantkit measure` first, by as many processes, and name its file: --measurement FILE",
+                )
+            if force and not calibrated and job.allocation is None:
+                raise UsageError(
+                    "--force would take from other processes what they did", where=str(out),
+                    hint="delete the folder yourself",
+                )  # fmt: skip
+            return job, checkpoint
+
+        job, checkpoint = team.begin(begin, lambda made: signed(made[1], made[0].tokens, plan=made[0].hash))
         made: Outcome | None = None
-        if any(u.calibrated for u in job.units):
+        if any(u.calibrated for u in job.units) or job.allocation is not None:
             if team.leads:
                 made = execute(job, checkpoint, out, console, force=force, team=team)
             else:
                 help_with(job, checkpoint, out, team)
         else:
-            try:
-                part = execute_part(job, checkpoint, out, Part(team.rank + 1, team.size), console)
-            except NotFiniteError as e:
-                e.own = True
-                raise
+            part = execute_part(job, checkpoint, out, Part(team.rank + 1, team.size), console)
             team.meet()
             if team.leads:
                 made = part if part.already_done else finish_parts(job, checkpoint, out, console)
         team.meet()
         return None if made is None else replace(made, seconds=time.monotonic() - started)
-
-
-def _shared_cores(recipe: Recipe, team: Team) -> Recipe:
-    """The recipe with as many threads as this machine has for each process of a team."""
-    if recipe.resources.threads is not None:
-        return recipe
-    resources = recipe.resources.model_copy(update={"threads": max(1, cores() // team.here)})
-    return recipe.model_copy(update={"resources": resources})
 
 
 def finish(out: str | Path, *, source: str | None = None, console: Console = _QUIET) -> Outcome:

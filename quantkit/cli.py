@@ -15,7 +15,7 @@ from quantkit.cli_options import Bits, follows, launched, options, output_option
 from quantkit.cli_publish import COMMANDS
 from quantkit.cli_text import outcome_text, plan_text
 from quantkit.console import Console, table
-from quantkit.errors import InputError, Interrupted, QuantkitError, RunError, UsageError, VerifyError
+from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -368,7 +368,8 @@ def _print_plan(recipe: Recipe, console: Console) -> None:
 
 def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, part: str | None) -> None:
     if dry_run:
-        _print_plan(recipe, console)
+        if not follows():
+            _print_plan(recipe, console)
         return
     from quantkit import api
 
@@ -384,6 +385,9 @@ def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, p
     console.result({**asdict(outcome), "out": str(outcome.out)}, outcome_text(outcome, part))
 
 
+TEAMWORK = {"quantize", "prune", "convert", "run", "measure", "eval"}
+
+
 def _usage_error(e: click.ClickException) -> UsageError:
     context = getattr(e, "ctx", None)
     hint = f"see `{context.command_path} --help`" if context is not None else "see `quantkit --help`"
@@ -397,12 +401,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     console = Console(json="--json" in arguments, quiet="--quiet" in arguments)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: no terminal's alphabet stops a result
+    if follows() and not TEAMWORK & set(arguments[:1]):  # the first one does it alone
+        sys.exit(0)
     # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli.main(arguments, prog_name="quantkit", standalone_mode=False)
     except QuantkitError as e:
-        if not (follows() and isinstance(e, InputError)) or e.own:  # others say what is wrong for all
+        if e.own or not follows():
             console.error(e)
         sys.exit(e.exit_code)
     except click.ClickException as e:

@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from quantkit.solvers.team import Team
 
-# By these torch.distributed finds the processes of a team: torchrun sets them, or a script for a scheduler.
+# As in solvers.team, which takes torch.
 TORCHRUN = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -67,6 +67,8 @@ def evaluate(
     if tasks is not None:
         if unfit := [key for key in ("against", "max_ppl_increase", "max_kl", "length") if given[key] is not None]:
             raise UsageError(f"--{unfit[0].replace('_', '-')} is for --text", hint="leave it out")
+        if follows():  # the harness's tasks are not shared out
+            return
         own = {key: given[key] for key in ("record", "threads", "device")}
         scores = api.evaluate_tasks(
             folder, tasks.split(","), limit=limit, shots=shots, include=include, console=console, **own

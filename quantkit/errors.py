@@ -22,7 +22,7 @@ class QuantkitError(Exception):
     """Base of all errors meant for a user. `what` names the tensor, key or file at fault."""
 
     exit_code = 1
-    own = False  # of a team's processes, whether this one alone has it
+    own = said = False  # of a team's processes: whether this one is to say it; whether another one does
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(what)

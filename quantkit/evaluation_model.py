@@ -32,6 +32,7 @@ class FolderModel:
         self.files = open_files(checkpoint)
         self.hidden: HiddenStates | None = None
         self.calls: list[Call] = []
+        self.windows_apart = 0, 1  # of the text, which windows these are: the first, and how far they are apart
         with self.files:
             self.weights = RestoredWeights(checkpoint, self.files)
         self.skeleton = Skeleton(checkpoint.config, self.weights.names, self.folder, device)
@@ -95,6 +96,11 @@ class FolderModel:
     def layers(self) -> int:
         return len(self.layer_bytes)
 
+    def number(self, window: int) -> int:
+        """Which window of the text it is."""
+        first, apart = self.windows_apart
+        return first + window * apart
+
     @property
     def windows(self) -> int:
         assert self.hidden is not None
@@ -117,7 +123,7 @@ class FolderModel:
             before = self.hidden.read(window, self.skeleton.device)
             after = self.skeleton.run(index, before, self.calls[index])
             if not bool(torch.isfinite(after).all()):
-                raise not_finite(f"layer {index} of the model gives", window, self.folder)
+                raise not_finite(f"layer {index} of the model gives", self.number(window), self.folder)
             self.hidden.write(window, after)
             progress.advance(share(self.layer_bytes[index], window, windows))
         self.skeleton.clear(places)

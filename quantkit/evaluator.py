@@ -105,6 +105,7 @@ def evaluate_folder(
         with console.progress(sum(model.work for model in models)) as progress:
             for model in models:
                 model.embed(ids, scratch)
+                model.windows_apart = team.rank, team.size
             apart = _run(models, progress)
             losses, divergences, agreed = _predict(models, ids, progress)
     losses = [_together(team, part) for part in losses]
@@ -218,12 +219,16 @@ def _predict(models: list[FolderModel], ids: torch.Tensor, progress: Progress) -
                 for model, log, loss in zip(models, logs, losses, strict=True):
                     loss[w, here] = -log.gather(1, targets.to(log.device))[:, 0].double().cpu().numpy()
                     if not np.isfinite(loss[w, here]).all():
-                        raise not_finite("the model's predictions are", w, model.folder)
+                        raise not_finite("the model's predictions are", model.number(w), model.folder)
                 if len(logs) == 2:
                     agreed[w, here] = (logs[0].argmax(1) == logs[1].argmax(1)).cpu().numpy()
                     divergences[w, here] = _divergence(*logs).cpu().numpy()
                     if not np.isfinite(divergences[w, here]).all():
-                        raise not_finite("one model rules out what the other expects, which makes", w, models[0].folder)
+                        raise not_finite(
+                            "one model rules out what the other expects, which makes",
+                            models[0].number(w),
+                            models[0].folder,
+                        )
             progress.advance(share(work, w, windows))
         progress.unit("predictions", work)
     return losses, divergences, agreed

@@ -94,14 +94,10 @@ def measure(job: Job, path: Path, console: Console, team: Team | None = None) ->
     if team is not None and not team.leads:
         with SourceFiles(job.checkpoint.folder, job.checkpoint.files) as files:
             _Run(job, workplace(path) / FOLDER / "hidden", files, None, console, team).run()
-        told: Measurement = team.tell(_unknown())
+        told: Measurement = team.hear()
         return told
     found = _measure(job, path, console, team)
     return found if team is None else team.tell(found)
-
-
-def _unknown() -> Any:
-    """What the leader will tell."""
 
 
 def _measure(job: Job, path: Path, console: Console, team: Team | None) -> Measurement:

@@ -96,7 +96,7 @@ def check_place(
     before there is a plan: a folder that was made with others holds another one's result. parts: whether a part of a
     job is to be written; only such may be added to others."""
     _check_apart(out, source)
-    if (out / FOLDER / JOB).exists():
+    if os.path.exists(out / FOLDER / JOB):  # false for a name that is too long
         if parts:
             return
         raise OutputError(

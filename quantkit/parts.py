@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ import yaml
 from quantkit.checkpoint.header import fsync_directory
 from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import SourceFiles, read_json
-from quantkit.checkpoint.writer import ShardWriter, write_error, write_file
+from quantkit.checkpoint.writer import PARTIAL, ShardWriter, write_error, write_file
 from quantkit.console import Console
 from quantkit.errors import Interrupted, OutputError, RunError, SourceError, UsageError
 from quantkit.layouts import Checkpoint
@@ -33,7 +34,8 @@ from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publ
 from quantkit.sharing import Part, runs
 
 FILES_A_PART = 4  # source files for each part, from which on parts begin where files do
-PATIENCE = 60.0  # seconds
+PATIENCE = 600.0  # seconds
+RETRIES, PAUSE = 8, 0.25  # how long a job may take to begin, seen from elsewhere
 
 
 def shares(plan: Plan, count: int) -> list[Share]:
@@ -83,8 +85,7 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         raise UsageError(
             "mixed bits are not written in parts", where=str(out), hint="leave --part out, or use --bits 4 or 8"
         )
-    check_place(out, checkpoint.folder, force=False, parts=True)
-    if not (out / FOLDER / JOB).exists() and is_finished(out, plan):
+    if _over(out, plan, checkpoint):
         return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:
         console.warn(warning)
@@ -111,35 +112,75 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
     return outcome_of(out, plan, started, len(kept.reports), measured, part=share)
 
 
+def _over(out: Path, plan: Plan, checkpoint: Checkpoint) -> bool:
+    """Whether the folder is the plan's result. OutputError if it is no place for a part."""
+    for _ in range(RETRIES):
+        try:
+            check_place(out, checkpoint.folder, force=False, parts=True)
+            return not (out / FOLDER / JOB).exists() and is_finished(out, plan)
+        except OutputError:  # or a job began this moment: its files were seen, and its description not yet
+            if not os.path.isdir(out / FOLDER):
+                raise
+            time.sleep(PAUSE)
+    check_place(out, checkpoint.folder, force=False, parts=True)
+    return not (out / FOLDER / JOB).exists() and is_finished(out, plan)
+
+
 @contextmanager
 def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterator[tuple[ShardWriter, Journal] | None]:
     """The files that all parts write to, and this part's journal; None if all was finished a moment ago."""
     job = _job(plan, checkpoint, part.count)
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        writer = None
         with _locked(out):
             known = _read_job(out)
             if known is not None:
                 _same_job(known, job, out)
             elif is_finished(out, plan):
-                _forget(out, [])
+                _forget(out)
                 yield None
                 return
-            mine = f"another process has part {part}"
-            journal = Journal(out, _name(part), mine)
+            if known is None or not known["files"]:  # nobody has written yet
+                known, writer = _begun(plan, out, job)
+                stack.callback(writer.close)
+            journal = Journal(out, _name(part), f"another process has part {part}")
             stack.callback(journal.close)
-            if known is None:  # before there are files: without it they are nobody's
-                known = {**job, "files": {}}
-                _write_job(out, known)
-            writer = ShardWriter(out, layouts(plan), reserve=False)
+        if writer is None:
+            _check_files(plan, out, known["files"])
+            writer = ShardWriter(out, layouts(plan), shared=True)
             stack.callback(writer.close)
-            if not known["files"]:
-                _write_job(out, {**job, "files": writer.inodes})
-            elif known["files"] != writer.inodes:
-                raise _damaged(out)
-        if journal.head is None:
-            journal.start({"part": str(part), "plan": plan.hash})
+        if journal.head is None or journal.head.get("job") != known["id"]:  # of a job before this one
+            journal.start({"job": known["id"], "part": str(part)})
         yield writer, journal
+
+
+def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], ShardWriter]:
+    """A new job, and its files. What journals of an earlier one say is not of these."""
+    for left in (*(out / FOLDER).glob("part-*"), out / FOLDER / "finish"):
+        left.unlink(missing_ok=True)
+    job = {**job, "id": uuid.uuid4().hex, "files": {}}
+    _write_job(out, job)  # before there are files: without it they are nobody's
+    writer = ShardWriter(out, layouts(plan), reserve=False)
+    try:
+        job["files"] = writer.inodes
+        _write_job(out, job)
+    except BaseException:
+        writer.close()
+        raise
+    return job, writer
+
+
+def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
+    """OutputError if files are not those that the job began with: what journals say is in these would not be there."""
+    for shard in plan.shards:
+        places = [out / (shard.name + PARTIAL), out / shard.name]
+        found = next((path.stat() for path in places if path.exists()), None)
+        if found is None or found.st_size != shard.nbytes or found.st_ino != inodes.get(shard.name):
+            raise OutputError(
+                f"{shard.name} was replaced or deleted since the job began", where=str(out),
+                hint="delete the folder, and begin again",
+            )  # fmt: skip
 
 
 def _name(part: Part) -> str:
@@ -167,7 +208,7 @@ def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> No
     if known["parts"] != job["parts"]:
         raise OutputError(
             f"this job is in {known['parts']} parts, not {job['parts']}", where=str(out),
-            hint=f"--part 1/{known['parts']} to {known['parts']}/{known['parts']}, or name another -o",
+            hint=f"--part 1/{known['parts']} and so on, or as many ranks of torchrun, or name another -o",
         )  # fmt: skip
     if known["stamps"] != job["stamps"]:
         raise SourceError(
@@ -176,19 +217,12 @@ def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> No
         )  # fmt: skip
 
 
-def _damaged(out: Path) -> OutputError:
-    return OutputError(
-        "weight files of the job were replaced or deleted since it began", where=str(out),
-        hint="delete the folder, and begin again",
-    )  # fmt: skip
-
-
 def _read_job(out: Path) -> dict[str, Any] | None:
     path = out / FOLDER / JOB
     if not path.exists():
         return None
     found = read_json(path)
-    if not {"plan", "parts", "stamps", "recipe", "files"} <= found.keys() or type(found["parts"]) is not int:
+    if not {"id", "plan", "parts", "stamps", "recipe", "files"} <= found.keys() or type(found["parts"]) is not int:
         raise OutputError(
             "the job's description is damaged", where=str(path), hint="delete the folder, and begin again"
         )
@@ -201,7 +235,7 @@ def _write_job(out: Path, job: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Of all parts, one is here at a time, for as long as it takes to open files. OutputError after a minute."""
+    """Of all parts, one is here at a time. OutputError if that takes too long."""
     fd = os.open(out / FOLDER / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     end = time.monotonic() + PATIENCE
     try:
@@ -212,8 +246,8 @@ def _locked(out: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > end:
                     raise OutputError(
-                        f"another part has been opening files for {PATIENCE:g} seconds", where=str(out),
-                        hint="see whether it hangs, and start this one again",
+                        f"other parts have been beginning for {PATIENCE:g} seconds", where=str(out),
+                        hint="see whether one of them hangs, and start this one again",
                     ) from None  # fmt: skip
                 time.sleep(0.02)
         yield
@@ -225,11 +259,15 @@ def job_recipe(out: Path, source: str | None) -> Recipe:
     """What the parts in a folder are of, from `source` if that lies elsewhere here. OutputError if there are none."""
     job = _read_job(out)
     if job is None:
-        raise OutputError(
-            "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
-        )
+        raise _no_parts(out)
     table = yaml.safe_load(job["recipe"])
     return build_recipe({**table, "output": str(out), **({"source": source} if source else {})})
+
+
+def _no_parts(out: Path) -> OutputError:
+    return OutputError(
+        "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
+    )
 
 
 def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> Outcome:
@@ -238,29 +276,30 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
     started = time.monotonic()
     job = _read_job(out)
     if job is None:
-        raise _damaged(out)
+        raise _no_parts(out)
     _same_job(job, _job(plan, checkpoint, job["parts"]), out)
     parts = [Part(n + 1, job["parts"]) for n in range(job["parts"])]
     entries: list[dict[str, Any]] = []
     with ExitStack() as stack:
+        own = Journal(out, "finish", "another process is finishing this folder")
+        stack.callback(own.close)
         for part in parts:
-            journal = Journal(out, _name(part), f"part {part} is under way")
-            stack.callback(journal.close)
-            entries += journal.entries
-            if not any("done" in e for e in journal.entries):
+            journal = Journal(out, _name(part), f"part {part} is under way") if _begun_by(part, out) else None
+            if journal is not None:
+                stack.callback(journal.close)
+                entries += journal.entries
+            ours = journal is not None and journal.head is not None and journal.head.get("job") == job["id"]
+            if journal is None or not ours or not any("done" in e for e in journal.entries):
                 raise RunError(
                     f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}"
                 )
-        own = Journal(out, "finish")
-        stack.callback(own.close)
-        if own.head is None:
-            own.start({"plan": plan.hash})
+        _check_files(plan, out, job["files"])
+        if own.head is None or own.head.get("job") != job["id"]:
+            own.start({"job": job["id"]})
         kept = Kept.read([*entries, *own.entries])
         try:
-            writer = ShardWriter(out, layouts(plan), reserve=False)
+            writer = ShardWriter(out, layouts(plan), shared=True)
             stack.callback(writer.close)
-            if job["files"] != writer.inodes:
-                raise _damaged(out)
             if left := [u for u in plan.units if u.name not in kept.reports]:
                 raise RunError(
                     f"tensor {left[0].name!r} is in no part's journal", where=str(out), hint="run its part again"
@@ -276,15 +315,20 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
             ) from None
         except OSError as e:
             raise write_error(e, Path(e.filename or out)) from None
-        _forget(out, parts)
+        with _locked(out):
+            _forget(out)
     return outcome_of(out, plan, started, 0, measured)
 
 
-def _forget(out: Path, parts: list[Part]) -> None:
-    """The folder is a model: job and journals are no more needed."""
+def _begun_by(part: Part, out: Path) -> bool:
+    return (out / FOLDER / _name(part)).exists()
+
+
+def _forget(out: Path) -> None:
+    """The folder is a model: journals, and last the job that they are of, are no more needed."""
     folder = out / FOLDER
-    for name in (JOB, "finish", *(_name(part) for part in parts), "lock"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("part-*"), folder / "finish", folder / JOB, folder / "lock"):
+        path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
     fsync_directory(out)

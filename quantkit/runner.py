@@ -82,7 +82,7 @@ def execute(
     journal = open_output(out, plan, checkpoint, force=force)
     if journal is None:
         if team is not None:
-            team.tell(_nothing())
+            team.tell(None)
         return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:
         console.warn(warning)
@@ -284,7 +284,7 @@ class Run:
                 free.clear()
                 done = self._layers(out, layers, progress) if calibrated else layers
                 if self.team is not None and not calibrated:
-                    self.team.tell(_nothing())
+                    self.team.tell(None)
             outputs = {**self.shards, **self.committer.finish()}
             sources = self.hashes.finish()
         finally:
@@ -435,14 +435,10 @@ def check_finite(plan: Plan, files: SourceFiles, unit: Unit, start: int, x: Arra
 
 def help_with(plan: Plan, checkpoint: Checkpoint, out: Path, team: Team) -> None:
     """The part of a team's others: they solve layers with the leader, who runs `execute`, and writes."""
-    layers = team.tell(_nothing())
+    layers: LayersDone | None = team.hear()
     if layers is not None:
         with SourceFiles(checkpoint.folder, checkpoint.files) as files:
             LayerRun(plan, checkpoint, files, Nowhere(), partial(check_finite, plan, files), team).run(out, layers)
-
-
-def _nothing() -> LayersDone | None:
-    return None
 
 
 def _reopen(plan: Plan, out: Path) -> None:

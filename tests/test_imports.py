@@ -16,7 +16,7 @@ PACKAGE = Path(quantkit.__file__).parent
 LAYERS = (
     {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_text"},
     {"api", "doctor", "preview", "push"},
-    {"folder_card", "comparer", "seal", "verifier", "parts"},
+    {"folder_card", "comparer", "seal", "verifier", "parts", "teamwork"},
     {"evaluation_record"},
     {
         "runner",

@@ -198,7 +198,7 @@ def test_one_that_hangs(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(parts, "PATIENCE", 0.1)
     with (out / ".quantkit" / "lock").open() as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="opening files"):
+        with pytest.raises(OutputError, match="beginning for"):
             quantkit.api.run_recipe(
                 load_recipe(None, options={"source": str(source), "output": str(out), "shard_size": "12MB"}), part="2/2"
             )
@@ -237,17 +237,53 @@ def test_foreign(out: Path, source: Path, tmp_path: Path) -> None:
 def test_too_early(out: Path) -> None:
     refused(cli("finish", str(out)), "part 2/2 is not finished", code=1)
     assert not (out / "config.json").exists()
+    assert not (out / ".quantkit" / "part-2-of-2").exists()
+
+
+def test_files_that_were_deleted(out: Path, source: Path) -> None:
+    """Zeros in place of what a journal says is there would be no different from weights."""
+    assert quantize(source, out, "--part", "2/2").returncode == 0
+    for path in out.glob("*.partial"):
+        path.unlink()
+    for _ in range(2):
+        refused(quantize(source, out, "--part", "1/2"), "replaced or deleted")
+        refused(cli("finish", str(out)), "replaced or deleted")
+    assert not list(out.glob("*.safetensors*")), "nobody has put others there"
 
 
 def test_files_that_were_replaced(out: Path, source: Path) -> None:
-    """Zeros in place of what a journal says is there would be no different from weights."""
     shard = next(out.glob("*.partial"))
     size = shard.stat().st_size
     shard.rename(out / "kept")  # so that the new one is another file
     with shard.open("wb") as f:
         f.truncate(size)
     refused(quantize(source, out, "--part", "2/2"), "replaced or deleted")
-    refused(cli("finish", str(out)), "part 2/2 is not finished", code=1)
+
+
+def test_journals_of_a_job_before(out: Path, source: Path, reference: dict[str, str]) -> None:
+    """`finish` died when it had removed the job and no journal, and somebody emptied the folder but for names with a
+    dot: what journals say is there is not."""
+    assert quantize(source, out, "--part", "2/2").returncode == 0
+    (out / ".quantkit" / "job.json").unlink()
+    for path in out.glob("[!.]*"):
+        path.unlink()
+    for n in (1, 2):
+        done = quantize(source, out, "--part", f"{n}/2")
+        assert done.returncode == 0, done.stderr
+        assert "kept" not in done.stdout
+    assert cli("finish", str(out), "--quiet").returncode == 0
+    assert digests(out) == reference
+
+
+def test_late_beside_what_a_dying_finish_left(out: Path, source: Path, reference: dict[str, str]) -> None:
+    assert quantize(source, out, "--part", "2/2").returncode == 0
+    journal = (out / ".quantkit" / "part-1-of-2").read_bytes()
+    assert cli("finish", str(out), "--quiet").returncode == 0
+    (out / ".quantkit").mkdir()
+    (out / ".quantkit" / "part-1-of-2").write_bytes(journal)
+    late = quantize(source, out, "--part", "1/2")
+    assert "finished already" in late.stdout
+    assert digests(out).items() >= reference.items()
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2"])

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -176,11 +177,53 @@ def test_ranks_that_die(work: Path) -> None:
     assert digests(work / "kills-many") == digests(work / "kills-one")
 
 
-def test_what_is_wrong_is_said_once(work: Path) -> None:
+def test_what_is_wrong_for_all(work: Path) -> None:
     code, _, stderr = together(work, 2, "quantize", "model", "-o", "wrong", "--bits", "5.5.5", "--quiet")
     assert code != 0
     assert stderr.count("error: ") == 1
-    shutil.rmtree(work / "wrong", ignore_errors=True)
+    code, _, stderr = together(work, 2, "quantize", "nowhere", "-o", "wrong", "--bits", "4", "--quiet")
+    assert code != 0
+    assert stderr.count("error: ") == 1
+    code, stdout, stderr = together(work, 2, "quantize", "model", "-o", "wrong", "--bits", "4", "--dry-run", "--quiet")
+    assert code == 0, stderr
+    assert stdout.count("plan hash") == 1
+    assert not (work / "wrong").exists()
+
+
+def by_rank(work: Path, *lines: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Ranks of one team, each with words of its own, as if every one ran on another machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = []
+    for rank, words in enumerate(lines):
+        team = {"RANK": str(rank), "WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        found.append(subprocess.Popen(
+            [sys.executable, "-m", "quantkit", *words], cwd=work, env={**os.environ, **team, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ))  # fmt: skip
+    said = [process.communicate(timeout=120) for process in found]
+    return [subprocess.CompletedProcess("", p.returncode, *s) for p, s in zip(found, said, strict=True)]
+
+
+def test_another_text_on_another_machine(work: Path) -> None:
+    (work / "there").mkdir()
+    (work / "there" / "text.txt").write_text(text_of(12_000)[100:])
+    here = line("gptq", "model", "mixed-up")
+    there = [word if word != "text.txt" else "there/text.txt" for word in here]
+    leader, other = by_rank(work, here, there)
+    assert leader.returncode == other.returncode == 1
+    assert "process 1 of the team has another text than process 0" in leader.stderr
+    assert not (work / "mixed-up").exists()
+
+
+def test_no_model_on_another_machine(work: Path) -> None:
+    leader, other = by_rank(work, line("gptq", "model", "half"), line("gptq", "nowhere", "half"))
+    assert leader.returncode == 1
+    assert other.returncode == 2
+    assert "process 1 of the team cannot begin" in leader.stderr
+    assert "nowhere" in other.stderr
+    assert not (work / "half").exists()
 
 
 @given(st.lists(st.integers(0, 10**9), max_size=40), st.integers(1, 9))

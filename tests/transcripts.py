@@ -79,7 +79,8 @@ def replayed(page: str) -> str:
     with tempfile.TemporaryDirectory() as folder, serving() as hub:
         work = Path(folder)
         prepare(work, page)
-        hf = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(work / "hf")}
+        hf = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(work / "hf")}
+        hf |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         return replay(page, shell(work, hf)).replace(hub.url, "http://127.0.0.1:8000")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from quantkit.checkpoint.system import sync_data
-from quantkit.checkpoint.writer import write_error
+from quantkit.checkpoint.writer import by_the_byte, write_error
 from quantkit.errors import RunError
 from quantkit.solvers.team import Team
 
@@ -28,6 +28,7 @@ class HiddenStates:
 
     def _open(self) -> None:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        by_the_byte(self._fd)  # a team's
 
     @property
     def nbytes(self) -> int:

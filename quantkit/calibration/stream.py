@@ -131,6 +131,7 @@ class Stream:
                     del found
                     layer.drop(group)
                     if target is not None:
+                        self.team.meet()
                         target.remove()
                 passes.weights |= new
                 if not any(map(passes.keeps, stage)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,14 @@ class ShardWriter:
     """All weight files of one output folder. Reserves their space at once, so that a full disk shows before work does.
 
     Files that an earlier run left partial, or already renamed, are taken up as they are. reserve: whether their space
-    is; where others may write to them at the same time, only their size is set.
+    is, or only their size is set, as others may write to them at the same time. shared: others do, and the files are
+    as they should be.
     """
 
-    def __init__(self, folder: Path, layouts: Iterable[FileLayout], *, reserve: bool = True) -> None:
-        self.folder, self._reserve = folder, reserve
+    def __init__(
+        self, folder: Path, layouts: Iterable[FileLayout], *, reserve: bool = True, shared: bool = False
+    ) -> None:
+        self.folder, self._reserve, self._shared = folder, reserve and not shared, shared
         self.layouts = {layout.name: layout for layout in layouts}
         self._fds: dict[str, int] = {}
         self._done: set[str] = set()
@@ -67,6 +72,10 @@ class ShardWriter:
             self._fds[layout.name] = fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             if path is final:
                 self._done.add(layout.name)
+            if not self._reserve:
+                by_the_byte(fd)
+            if self._shared:
+                return
             size = os.fstat(fd).st_size
             if size > layout.nbytes:
                 os.ftruncate(fd, layout.nbytes)
@@ -135,6 +144,14 @@ class ShardWriter:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+
+
+def by_the_byte(fd: int) -> None:
+    """For files that several machines write to at the same time. NFS reads a page before it writes a part of it, and
+    then may write all of it, with what another machine has written meanwhile as it was before. With a lock on part of
+    the file, even a shared one, it writes what it is given."""
+    with suppress(OSError):  # a filesystem without such locks
+        fcntl.lockf(fd, fcntl.LOCK_SH, 1)
 
 
 def _reserve(fd: int, nbytes: int) -> None:

@@ -12,31 +12,36 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Collection, Iterator, Sequence
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from quantkit.errors import RunError
+from quantkit.errors import InputError, Interrupted, QuantkitError, RunError
 from quantkit.solvers.threads import in_threads
 
 Thing = TypeVar("Thing")
 
+MEETING = timedelta(minutes=10)  # until all processes are there
 PATIENCE = timedelta(hours=24)  # a process may have to wait for what another does alone
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by which processes find each other
 PIECE = 16 << 20  # bytes sent at a time
 
 
 @dataclass(frozen=True)
 class Team:
-    """Process `rank` of `size`. Methods must be called by all, in the same order; RunError if one of them is gone."""
+    """Process `rank` of `size`, `here` of them on this machine. Methods must be called by all, in the same order;
+    RunError if one of them is gone."""
 
     rank: int = 0
     size: int = 1
-    here: int = 1  # of them on this machine
+    here: int = 1
+    group: Any = field(default=None, compare=False, repr=False)
 
     @property
     def alone(self) -> bool:
@@ -60,7 +65,7 @@ class Team:
         """Waits for all."""
         if not self.alone:
             with _peers():
-                distributed.barrier()
+                distributed.barrier(self.group)
 
     def tell(self, thing: Thing) -> Thing:
         """What the leader says, to all. Plain data."""
@@ -68,8 +73,39 @@ class Team:
             return thing
         box = [thing if self.leads else None]
         with _peers():
-            distributed.broadcast_object_list(box, 0)
+            distributed.broadcast_object_list(box, 0, self.group)
         return box[0]  # type: ignore[return-value]
+
+    def hear(self) -> Any:
+        """What the leader tells."""
+        return self.tell(None)
+
+    def begin(self, make: Callable[[], Thing], sign: Callable[[Thing], Mapping[str, Any]]) -> Thing:
+        """What all make to begin with, of which `sign` gives what must be the same. Raises what `make` raises, as
+        an error that the leader says where all have it; RunError if only others do, or if signs differ."""
+        made: list[Thing] = []
+        error: InputError | None = None
+        try:
+            made.append(make())
+        except InputError as e:
+            error = e
+        said = self.gather(str(error) if error else "")
+        if error is not None:
+            error.said = self.leads or said[0] == str(error)
+            raise error
+        if others := [rank for rank, words in enumerate(said) if words]:
+            raise RunError(
+                f"process {others[0]} of the team cannot begin", where=said[others[0]].splitlines()[0],
+                hint="give all processes the same files and options, and what they say of it",
+            )  # fmt: skip
+        signs = self.gather(dict(sign(made[0])))
+        for rank, other in enumerate(signs):
+            if wrong := [key for key, value in other.items() if value != signs[0].get(key)]:
+                raise RunError(
+                    f"process {rank} of the team has another {wrong[0]} than process 0",
+                    where=f"{other[wrong[0]]!s:.80}", hint="give all processes the same files, versions and machines",
+                )  # fmt: skip
+        return made[0]
 
     def gather(self, thing: Thing) -> list[Thing]:
         """What each says, by rank. Plain data."""
@@ -77,7 +113,7 @@ class Team:
             return [thing]
         found: list[Any] = [None] * self.size
         with _peers():
-            distributed.all_gather_object(found, thing)
+            distributed.all_gather_object(found, thing, self.group)
         return found
 
     def compute(
@@ -115,7 +151,7 @@ class Team:
         else:
             flat = torch.empty(sum(part.nbytes for part in piece), dtype=torch.uint8, device=device)
         with _peers():
-            distributed.broadcast(flat, owner)
+            distributed.broadcast(flat, owner, self.group)
         if owner != self.rank:
             for part, raw in zip(piece, torch.split(flat, [part.nbytes for part in piece]), strict=True):
                 part.copy_(raw.clone().view(part.dtype).reshape(part.shape))
@@ -132,11 +168,21 @@ ALONE = Team()
 def joined() -> Iterator[Team]:
     """The team that torchrun has started, or whoever set the variables by which torch.distributed finds its peers, for
     as long as it works together."""
-    with _peers():
-        distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        yield Team(distributed.get_rank(), distributed.get_world_size(), here)
+        distributed.init_process_group("gloo", timeout=MEETING)
+        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError):
+        raise RunError(
+            "the team did not come together", where=", ".join(f"{key}={os.environ.get(key)}" for key in VARIABLES),
+            hint="torchrun starts all of its processes; for one alone, unset these",
+        ) from None  # fmt: skip
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    try:
+        names = Team(rank, size, 1, group).gather(socket.gethostname())
+        yield Team(rank, size, names.count(names[rank]), group)
+    except QuantkitError as e:
+        e.own = not (e.said or isinstance(e, Interrupted))
+        raise
     finally:
         distributed.destroy_process_group()
 
@@ -146,7 +192,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, pickle.UnpicklingError):  # in words that say nothing of what happened there
-        raise RunError(
-            "another process of the team is gone",
-            hint="see what it said; the same command takes up where it stopped, also with another number of processes",
-        ) from None
+        gone = RunError(
+            "another process of the team is gone", hint="see what it said; the same command takes up where it stopped"
+        )
+        gone.said = True
+        raise gone from None
