@@ -389,19 +389,27 @@ def evaluate(
     0.03), max_kl (nats a token): limits, judged in what is returned. record: write evaluation.json into a folder that
     quantkit wrote, and its card anew. team: who shares the windows (`quantkit.solvers.team.joined`); its leader
     records."""
-    gates = Gates.parse(max_ppl_increase, max_kl)
-    _check_device(device)
-    place, origin = resolve(str(folder), None, quiet=console.quiet)
-    sealed = _sealed(folder, place) if record and (team is None or team.leads) else None
-    subject = Subject(open_checkpoint(place), origin.name)
-    source, is_source = None, None
-    if against is not None:
-        commit, layout = _recorded(place, against)
-        parent, origin = resolve(against, commit, quiet=console.quiet, prefer=layout)
-        source = Subject(open_source(place, parent), origin.name)
-        is_source = folder_card.is_source(place, source.checkpoint)
-        if is_source is False:
-            console.warn(f"{origin.name} is not what {subject.name} was made from: no limit counts for a publication")
+
+    def begin() -> tuple[Path, Seal | None, Gates, Subject, Subject | None, bool | None]:
+        gates = Gates.parse(max_ppl_increase, max_kl)
+        _check_device(device)
+        place, origin = resolve(str(folder), None, quiet=console.quiet)
+        sealed = _sealed(folder, place) if record and (team is None or team.leads) else None
+        subject = Subject(open_checkpoint(place), origin.name)
+        source, is_source = None, None
+        if against is not None:
+            commit, layout = _recorded(place, against)
+            parent, origin = resolve(against, commit, quiet=console.quiet, prefer=layout)
+            source = Subject(open_source(place, parent), origin.name)
+            is_source = folder_card.is_source(place, source.checkpoint)
+            if is_source is False:
+                console.warn(
+                    f"{origin.name} is not what {subject.name} was made from: no limit counts for a publication"
+                )
+        return place, sealed, gates, subject, source, is_source
+
+    begun = begin() if team is None else team.begin(begin, lambda _: {})
+    place, sealed, gates, subject, source, is_source = begun
     found = evaluate_folder(
         subject, text, against=source, gates=gates, windows=windows, length=length, threads=threads, device=device,
         team=team, console=console,

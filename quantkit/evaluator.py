@@ -34,6 +34,7 @@ from quantkit.layouts import Checkpoint
 if TYPE_CHECKING:
     import torch
 
+    from quantkit.calibration.data import Tokens
     from quantkit.evaluation_model import FolderModel
     from quantkit.solvers.team import Team
 
@@ -77,13 +78,13 @@ def evaluate_folder(
     from quantkit.torch_setup import torch_settings
 
     team = team or ALONE
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} is no number of threads", hint="1 or more, or leave it out")
-    if gates.some and against is None:
-        raise UsageError("a limit needs something to be compared with", hint="name the source: --against SRC")
-    with ExitStack() as stack:
+
+    def begin() -> tuple[list[FolderModel], Tokens]:
+        if threads is not None and threads < 1:
+            raise UsageError(f"--threads {threads} is no number of threads", hint="1 or more, or leave it out")
+        if gates.some and against is None:
+            raise UsageError("a limit needs something to be compared with", hint="name the source: --against SRC")
         stack.enter_context(torch_settings(threads or max(1, cores() // team.here)))
-        subjects = [subject] if against is None else [subject, against]
         for note in (note for s in subjects for note in s.checkpoint.notes):
             console.warn(note)
         models = [stack.enter_context(FolderModel(s.checkpoint, s.name, device)) for s in subjects]
@@ -93,13 +94,20 @@ def evaluate_folder(
             vocabulary=models[0].vocabulary, context=min((m.context for m in models if m.context), default=None),
             quiet=console.quiet,
         )  # fmt: skip
-        ids = torch.from_numpy(tokens.ids[team.rank :: team.size].copy())
         if len(tokens.ids) < team.size:
             raise UsageError(
-                f"{len(tokens.ids)} windows are too few for {team.size} processes",
-                where=text,
+                f"{len(tokens.ids)} windows are too few for {team.size} processes", where=text,
                 hint="start fewer of them",
-            )
+            )  # fmt: skip
+        return models, tokens
+
+    def sign(made: tuple[list[FolderModel], Tokens]) -> dict[str, Any]:
+        return {"text": made[1].sha256, "models": [(f.name, f.identity) for s in subjects for f in s.checkpoint.files]}
+
+    subjects = [subject] if against is None else [subject, against]
+    with ExitStack() as stack:
+        models, tokens = team.begin(begin, sign)
+        ids = torch.from_numpy(tokens.ids[team.rank :: team.size].copy())
         console.note(f"RAM at most {human_bytes(peak_memory(models, ids.shape[1]))}, one layer at a time")
         scratch = stack.enter_context(_scratch())
         with console.progress(sum(model.work for model in models)) as progress:
