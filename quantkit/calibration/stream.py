@@ -228,8 +228,8 @@ class Stream:
         place: int | None,
     ) -> Statistics:
         """Statistics of one group over all rows, of inputs that are in a file, as the `place`-th of those there, or, if
-        that is None, are to be seen in passes, and written where they are needed again, or others of a team need them. Rows with a value that is not
-        finite are left out from here on."""
+        that is None, are to be seen in passes, and written where they are needed again, or others of a team need them.
+        Rows with a value that is not finite are left out from here on."""
         columns, device = inputs.shape[2], self.skeleton.device
         weights = {name: layer.weights[name] for name in group}
         ready = {name: layer.ready[name] for name in group}
