@@ -39,11 +39,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Encoding:
-    """The recipe's part that is about linears. units: by module. sparsities: of each layer, where they differ (OWL)."""
+    """The recipe's part that is about linears. units: by module. sparsities: of each layer, where they differ (OWL).
+    written: whether what is made is, or only the weight to go on with is of use: another of a team writes it."""
 
     recipe: Recipe
     units: Mapping[str, Unit]
     sparsities: Sequence[float] = ()
+    written: bool = True
 
     def group(self, found: Statistics) -> Iterator[tuple[Unit, Made]]:
         """The linears of a group that share their inputs, from their Hessian."""
@@ -85,8 +87,11 @@ class Encoding:
         for name, solved in method.solve(found, params, targets, masks if amounts else None):
             unit = self.units[name]
             assert unit.weight is not None
-            tensors = method.pack(solved.coded, unit.weight, params)
             value = torch.from_numpy(solved.coded.restore())
+            if not self.written:
+                yield unit, Made({}, value, Report(0.0, 0.0))
+                continue
+            tensors = method.pack(solved.coded, unit.weight, params)
             loss = None if solved.report.fallback else solved.report.loss
             report = compare(found.weights[name], value, output_error=loss, fallback=solved.report.fallback)
             if unit.pruned:

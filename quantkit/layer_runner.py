@@ -167,7 +167,7 @@ class LayerRun:
             if prune is not None and prune.owl and not done.sparsities:
                 with closing(norms()) as stream:
                     done = self._survey(stream, prune, len(layers))
-            self.encoding = Encoding(plan.recipe, self.units, done.sparsities)
+            self.encoding = Encoding(plan.recipe, self.units, done.sparsities, written=self.team.leads)
             whole = "full" in plan.streams
             hessian = plan.recipe.needs == "hessian"
             made: Stream = norms()
