@@ -36,7 +36,7 @@ from quantkit.measurement import ROWS, Measurement, allocated, check_fits, diges
 from quantkit.measurer import Job
 from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
-from quantkit.output import check_place
+from quantkit.output import check_place, was_finished
 from quantkit.parts import execute_part, job_recipe
 from quantkit.parts import finish as finish_parts
 from quantkit.patterns import matches
@@ -44,7 +44,7 @@ from quantkit.planner import linears_to_mix, make_plan, source_tensors, tokens_f
 from quantkit.plans import Origin, Plan
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.restored import open_files, open_source
-from quantkit.runner import Outcome, execute, help_with
+from quantkit.runner import Outcome, already_done, execute, help_with
 from quantkit.seal import Seal, seal
 from quantkit.sharing import Part, parse_part
 from quantkit.teamwork import shared_cores, signed
@@ -331,6 +331,8 @@ def finish(out: str | Path, *, source: str | None = None, console: Console = _QU
     """Makes a model of a folder whose parts are all done; see `quantkit.parts.finish` for what is raised. source: where
     the model they are made from lies here, if elsewhere than for the first part."""
     started = time.monotonic()
+    if was_finished(Path(out)):
+        return already_done(Path(out))
     job, checkpoint = plan_recipe(job_recipe(Path(out), source), data_present=True, console=console)
     return replace(finish_parts(job, checkpoint, Path(out), console), seconds=time.monotonic() - started)
 

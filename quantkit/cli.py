@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from quantkit.cli_options import Bits, follows, launched, options, output_options, team
+from quantkit.cli_options import Bits, follows, half_launched, launched, options, output_options, team
 from quantkit.cli_publish import COMMANDS
 from quantkit.cli_text import outcome_text, plan_text
 from quantkit.console import Console, table
@@ -401,7 +401,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     console = Console(json="--json" in arguments, quiet="--quiet" in arguments)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: no terminal's alphabet stops a result
-    if follows() and not TEAMWORK & set(arguments[:1]):  # the first one does it alone
+    if TEAMWORK & set(arguments[:1]):
+        if missing := half_launched():
+            console.warn(f"RANK and WORLD_SIZE are set, and {missing} is not: this process works alone")
+    elif follows():  # the first one does it alone
         sys.exit(0)
     # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -25,6 +25,12 @@ def launched() -> bool:
     return os.environ.keys() >= TORCHRUN
 
 
+def half_launched() -> str:
+    """What is missing of what makes this process one of a team; "" if nothing is, or if it is alone."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    return ", ".join(sorted(TORCHRUN - os.environ.keys())) if several else ""
+
+
 def follows() -> bool:
     """Whether another of the team speaks."""
     return launched() and os.environ["RANK"] != "0"

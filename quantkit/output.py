@@ -89,6 +89,11 @@ def is_finished(out: Path, plan: Plan) -> bool:
     return False
 
 
+def was_finished(out: Path) -> bool:
+    """Whether a folder is the result of some plan, with nothing left to do."""
+    return _finished_hash(out) is not None and not any((out / FOLDER / name).exists() for name in (JOB, "journal"))
+
+
 def check_place(
     out: Path, source: Path, *, force: bool, quantize: Mapping[str, Any] | None = None, parts: bool = False
 ) -> None:

@@ -265,6 +265,8 @@ def job_recipe(out: Path, source: str | None) -> Recipe:
 
 
 def _no_parts(out: Path) -> OutputError:
+    if not out.is_dir():
+        return OutputError("there is no such folder", where=str(out), hint="name the one that --part wrote to")
     return OutputError(
         "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
     )
@@ -283,6 +285,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
     with ExitStack() as stack:
         own = Journal(out, "finish", "another process is finishing this folder")
         stack.callback(own.close)
+        _check_files(plan, out, job["files"])
         for part in parts:
             journal = Journal(out, _name(part), f"part {part} is under way") if _begun_by(part, out) else None
             if journal is not None:
@@ -293,7 +296,6 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                 raise RunError(
                     f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}"
                 )
-        _check_files(plan, out, job["files"])
         if own.head is None or own.head.get("job") != job["id"]:
             own.start({"job": job["id"]})
         kept = Kept.read([*entries, *own.entries])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ ATTRIBUTES = ".gitattributes"
 # Files of these names are large by their nature; the Hub keeps whatever else is beyond 10 MB so, too.
 LARGE = ("*.safetensors", "*.bin", "*.pth", "*.model", "*.png")
 LARGEST_IN_GIT = 10_000_000
+
+# What git takes in no name of a branch.
+NO_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[-/.]|[/.]$|\.lock$|^@$|/\.")
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,19 @@ def push_folder(
         validate_repo_id(repo_id)
     except HFValidationError:
         raise UsageError(f"{repo_id!r} is no id of a repository", hint="name it org/model") from None
+    if revision is not None and (NO_BRANCH.search(revision) or not revision):
+        raise UsageError(
+            f"{revision!r} is no name for a branch", where=repo_id, hint="letters, digits, - and . will do"
+        )
+    api = None if dry_run else _api()  # a token that is missing is not found out after every byte was read
     files, proved = _proved(folder, ungated=ungated, console=console)
     attributes = _attributes(files)
     names = (*sorted(files), ATTRIBUTES)
     total = sum(path.stat().st_size for path in files.values()) + len(attributes)
-    if dry_run:
+    if api is None:
         return Pushed(repo_id, "", "", names, total, 0, ())
     with _no_other_bars():
-        return _upload(_api(), files, proved, attributes, repo_id, private, revision, replace, console)
+        return _upload(api, files, proved, attributes, repo_id, private, revision, replace, console)
 
 
 def _proved(folder: Path, *, ungated: bool, console: Console) -> tuple[dict[str, Path], dict[str, str]]:
@@ -241,7 +250,10 @@ def _branch(api: HfApi, repo_id: str, revision: str) -> None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     except HfHubHTTPError as e:
         if e.response.status_code in (400, 422):
-            raise UsageError(f"the Hub does not take {revision!r} for a branch", where=repo_id) from None
+            raise UsageError(
+                f"the Hub does not take {revision!r} for a branch", where=repo_id,
+                hint="name another; the repository is there, and nothing was committed",
+            ) from None  # fmt: skip
         raise
 
 

@@ -183,8 +183,10 @@ class _Check:
             self.problems += config_differences(self.folder, recipe, parent)
         if quick:
             return
-        sound = self._mine(sound, [1 + sum(t.nbytes for t in row.outputs(quantize)) for row in sound])
-        with SourceFiles(self.folder, checkpoint.files) as files, self._progress(checkpoint) as progress:
+        costs = {row.name: 1 + sum(t.nbytes for t in row.outputs(quantize)) for row in sound}
+        sound = self._mine(sound, list(costs.values()))
+        total = sum(costs[row.name] for row in sound)
+        with SourceFiles(self.folder, checkpoint.files) as files, self.console.progress(total) as progress:
             if parent is None:
                 self._decode_all(checkpoint, files, sound, quantize, progress)
             else:
@@ -200,9 +202,6 @@ class _Check:
         """Those that this part looks at."""
         owners = runs(costs, self.part.count)
         return [thing for thing, owner in zip(things, owners, strict=True) if owner == self.part.index - 1]
-
-    def _progress(self, checkpoint: Checkpoint) -> Progress:
-        return self.console.progress(sum(t.nbytes for t in checkpoint.tensors.values()) // self.part.count)
 
     def _check_files(self, listed: Mapping[str, tuple[int, str]], *, quick: bool) -> None:
         hashed = set(self._mine(list(listed), [1 + size for size, _ in listed.values()]))

@@ -171,8 +171,11 @@ def test_late(out: Path, source: Path, reference: dict[str, str]) -> None:
     late = quantize(source, out, "--part", "2/2")
     assert late.returncode == 0
     assert "finished already" in late.stdout
-    refused(cli("finish", str(out)), "no parts")
+    again = cli("finish", str(out))
+    assert (again.returncode, "finished already" in again.stdout) == (0, True)
     assert digests(out) == reference
+    refused(cli("finish", str(out.parent)), "no parts")
+    refused(cli("finish", str(out / "nowhere")), "no such folder")
 
 
 def test_duplicate(source: Path, tmp_path: Path) -> None:
@@ -258,6 +261,7 @@ def test_files_that_were_replaced(out: Path, source: Path) -> None:
     with shard.open("wb") as f:
         f.truncate(size)
     refused(quantize(source, out, "--part", "2/2"), "replaced or deleted")
+    refused(cli("finish", str(out)), "replaced or deleted")
 
 
 def test_journals_of_a_job_before(out: Path, source: Path, reference: dict[str, str]) -> None:

@@ -329,8 +329,10 @@ def test_who_may_see_it(hub: Store, folder: Path) -> None:
 
 
 def test_a_branch_that_cannot_be(hub: Store, folder: Path) -> None:
-    done = push(hub, folder, "--revision", "a..b", "--quiet")
-    assert (done.returncode, "for a branch" in done.stderr) == (2, True)
+    for name in ("a..b", "x y", "-a", "a.lock", "a//b", "a/", "@", ""):
+        done = push(hub, folder, f"--revision={name}", "--quiet")
+        assert (done.returncode, "for a branch" in done.stderr) == (2, True), name
+    assert ID not in hub.heads, "and no repository is made for it"
 
 
 def test_a_token_that_cannot_be_read(hub: Store, folder: Path, tmp_path: Path) -> None:

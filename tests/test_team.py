@@ -219,6 +219,21 @@ def test_another_text_on_another_machine(work: Path) -> None:
     assert not (work / "mixed-up").exists()
 
 
+@pytest.mark.parametrize("variables", [{"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"MASTER_PORT": "99999"}])
+def test_variables_that_name_no_process(work: Path, variables: dict[str, str]) -> None:
+    team = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999", **variables}
+    words = [sys.executable, "-m", "quantkit", "quantize", "model", "-o", "none", "--bits", "4", "--quiet"]
+    done = subprocess.run(words, cwd=work, env={**os.environ, **team}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "name no process" in done.stderr) == (2, True), done.stderr
+
+
+def test_variables_that_are_missing(work: Path) -> None:
+    words = [sys.executable, "-m", "quantkit", "quantize", "model", "-o", "single", "--bits", "4", "--quiet"]
+    team = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(words, cwd=work, env={**os.environ, **team}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "MASTER_PORT is not" in done.stderr) == (0, True), done.stderr
+
+
 def test_no_model_on_another_machine(work: Path) -> None:
     leader, other = by_rank(work, line("gptq", "model", "half"), line("gptq", "nowhere", "half"))
     assert leader.returncode == 1

@@ -259,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
             step = json.loads(line)
             value = step["value"]
             if step["key"] == "header":
-                if value["parentCommit"] != head:
+                if value.get("parentCommit", head) != head:
                     return self.refuse(412, "A commit has happened since. Please refresh and try again.")
             elif step["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])

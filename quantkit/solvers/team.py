@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from quantkit.errors import InputError, Interrupted, QuantkitError, RunError
+from quantkit.errors import InputError, Interrupted, QuantkitError, RunError, UsageError
 from quantkit.solvers.threads import in_threads
 
 Thing = TypeVar("Thing")
@@ -169,13 +169,10 @@ def joined() -> Iterator[Team]:
     """The team that torchrun has started, or whoever set the variables by which torch.distributed finds its peers, for
     as long as it works together."""
     try:
-        distributed.init_process_group("gloo", timeout=MEETING)
-        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError):
-        raise RunError(
-            "the team did not come together", where=", ".join(f"{key}={os.environ.get(key)}" for key in VARIABLES),
-            hint="torchrun starts all of its processes; for one alone, unset these",
-        ) from None  # fmt: skip
+        group = _met()
+    except QuantkitError as e:
+        e.own = True
+        raise
     rank, size = distributed.get_rank(), distributed.get_world_size()
     try:
         names = Team(rank, size, 1, group).gather(socket.gethostname())
@@ -185,6 +182,25 @@ def joined() -> Iterator[Team]:
         raise
     finally:
         distributed.destroy_process_group()
+
+
+def _met() -> Any:
+    """The group of all processes."""
+    where = ", ".join(f"{key}={os.environ.get(key)}" for key in VARIABLES)
+    numbers = [os.environ.get(key, "") for key in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    if not (all(map(str.isdigit, numbers)) and int(numbers[0]) < int(numbers[1]) and 0 < int(numbers[2]) < 65536):
+        raise UsageError(
+            "these variables name no process of a team", where=where,
+            hint="torchrun sets them; for one process alone, unset them",
+        )  # fmt: skip
+    try:
+        distributed.init_process_group("gloo", timeout=MEETING)
+        return distributed.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError):
+        raise RunError(
+            "the team did not come together", where=where,
+            hint="torchrun starts all of its processes; for one alone, unset these",
+        ) from None  # fmt: skip
 
 
 @contextmanager
