@@ -18,6 +18,7 @@ import pytest
 from eval_models import quiet_transformers, text_of
 from oracle.native_models import make_native
 from tokenization.protobuf import spm
+from transcripts import BLOCK, DATA, PAGE, replayed
 
 import quantkit
 from quantkit.cli import cli
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Who is elsewhere in the tests: the Hub (test_push), recipes of models that are not here (test_recipes).
 ELSEWHERE = re.compile(r"quantkit (push|run +recipes/)")
+HERE = re.compile(r"^\$ quantkit doctor\n.*?^```", re.MULTILINE | re.DOTALL)  # says what this machine is
 PATTERN = re.compile(r"[\[\]|…]|\.\.\.|SRC|RECIPE|DIR|PART")
 
 
@@ -118,3 +120,21 @@ def test_every_command_is_in_the_readme() -> None:
     hidden = [name for name, command in cli.commands.items() if command.hidden]
     assert all(f"quantkit {name}" in text for name in cli.commands if name not in hidden)
     assert isinstance(cli, click.Group)
+
+
+def masked(page: str) -> list[str]:
+    """Its lines without numbers, hashes and spaces, which differ from one machine, or one version, to another."""
+    page = re.sub(r"\b[0-9a-f]{40,64}\b|[-+−]?\d[\d,.]*", "0", HERE.sub("", page))
+    return [" ".join(line.split()) for line in page.splitlines()]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the model is not part of the repository")
+def test_the_page_is_what_commands_print() -> None:
+    page = PAGE.read_text()
+    assert masked(replayed(page)) == masked(page)
+
+
+def test_it_has_every_command() -> None:
+    shown = "".join(BLOCK.findall(PAGE.read_text()))
+    visible = {name for name, command in cli.commands.items() if not command.hidden}
+    assert visible == set(re.findall(r"^\$ quantkit (\w+)", shown, re.MULTILINE))
