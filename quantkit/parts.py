@@ -90,26 +90,32 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
     for warning in plan.warnings:
         console.warn(warning)
     share = shares(plan, part.count)[part.index - 1]
+    with _kept_if_it_breaks_off(out), ExitStack() as stack:
+        opened = stack.enter_context(_opened(plan, checkpoint, out, part))
+        if opened is None:
+            return outcome_of(out, plan, started, len(plan.units), None)
+        writer, journal = opened
+        kept = Kept.read(journal.entries)
+        files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
+        run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
+        measured = run.run(out)
+        files.check_unchanged()
+        hashed = [{"shard": n, "sha256": d} for n, d in measured.outputs.items() if n not in kept.shards]
+        journal.append([*hashed, {"done": True}])
+    return outcome_of(out, plan, started, len(kept.reports), measured, part=share)
+
+
+@contextmanager
+def _kept_if_it_breaks_off(out: Path) -> Iterator[None]:
+    """Interrupted or RunError for what the user or the machine did."""
     try:
-        with ExitStack() as stack:
-            opened = stack.enter_context(_opened(plan, checkpoint, out, part))
-            if opened is None:
-                return outcome_of(out, plan, started, len(plan.units), None)
-            writer, journal = opened
-            kept = Kept.read(journal.entries)
-            files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
-            run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
-            measured = run.run(out)
-            files.check_unchanged()
-            hashed = [{"shard": n, "sha256": d} for n, d in measured.outputs.items() if n not in kept.shards]
-            journal.append([*hashed, {"done": True}])
+        yield
     except KeyboardInterrupt:
         raise Interrupted(
             "interrupted; what is finished is kept", where=str(out), hint="the same command takes up where it stopped"
         ) from None
     except OSError as e:
         raise write_error(e, Path(e.filename or out)) from None
-    return outcome_of(out, plan, started, len(kept.reports), measured, part=share)
 
 
 def _over(out: Path, plan: Plan, checkpoint: Checkpoint) -> bool:
@@ -299,7 +305,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
         if own.head is None or own.head.get("job") != job["id"]:
             own.start({"job": job["id"]})
         kept = Kept.read([*entries, *own.entries])
-        try:
+        with _kept_if_it_breaks_off(out):
             writer = ShardWriter(out, layouts(plan), shared=True)
             stack.callback(writer.close)
             if left := [u for u in plan.units if u.name not in kept.reports]:
@@ -311,12 +317,6 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                 files.check_unchanged()
             writer.commit()
             publish(plan, checkpoint, out, measured)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "interrupted; the parts are kept", where=str(out), hint="the same command takes up where it stopped"
-            ) from None
-        except OSError as e:
-            raise write_error(e, Path(e.filename or out)) from None
         with _locked(out):
             _forget(out)
     return outcome_of(out, plan, started, 0, measured)

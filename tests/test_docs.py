@@ -1,7 +1,7 @@
 """What the documents show is run as it stands: command lines in a folder where MODEL is a model, and README's Python.
 
 A line with a choice in it ([options], a|b, …) is a pattern, and cannot be run; lines of shell after a $ are shown with
-what they print.
+what they print, which on the page of commands is compared.
 """
 
 from __future__ import annotations
