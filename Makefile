@@ -19,7 +19,8 @@ test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
 # Real loaders of GPTQ folders, each in an environment of its own under .interop (about 5 GB), read what we write.
-interop: .venv/ready .interop/gptqmodel/ready .interop/autogptq/ready .interop/llmcompressor/ready .interop/exllamav2/ready .interop/lmeval/ready
+interop: .venv/ready .interop/gptqmodel/ready .interop/autogptq/ready .interop/llmcompressor/ready .interop/exllamav2/ready .interop/lmeval/ready \
+		.interop/mistral/ready
 	$(BIN)/python -m pytest -m interop tests/interop
 
 .interop/%/ready: tests/interop/requirements/%.txt

@@ -57,6 +57,8 @@ FLOORS = {
     "optimum": "2.0",
     "compressed-tensors": "0.17",
 }
+# The last set that auto-gptq imports with; tests/interop/requirements has it whole.
+AUTO_GPTQ = ("auto-gptq==0.7.1", "transformers==4.45.2", "optimum==1.23.3", "accelerate==0.34.2", "peft==0.13.2")
 # Tag -> the paper that describes the method.
 PAPERS = {
     "nf4": ("QLoRA: Efficient Finetuning of Quantized LLMs", "2305.14314"),
@@ -205,6 +207,8 @@ def _short_name(text: str) -> str:
 
 
 def _needs(facts: CardFacts) -> list[str]:
+    if facts.loader == "auto-gptq":
+        return list(AUTO_GPTQ)
     names = ["transformers", "torch", "accelerate"]
     names += [name for name in ("bitsandbytes", "compressed-tensors") if name in facts.tags]
     if "gptq" in facts.tags and "compressed-tensors" not in facts.tags:

@@ -99,7 +99,7 @@ class CardFacts:
     error_note: str
     nonfinite: tuple[tuple[str, int], ...]  # kind of module, weights that are NaN or infinite in the source
     files: tuple[FileRow, ...]
-    loader: Literal["transformers", "quantkit", "gptqmodel", "exllamav2", "none"]
+    loader: Literal["transformers", "quantkit", "gptqmodel", "auto-gptq", "exllamav2", "none"]
     chat: bool
     warnings: tuple[str, ...]
     config: Mapping[str, Any]

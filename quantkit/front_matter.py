@@ -30,7 +30,8 @@ from quantkit.parent_card import (
     unique,
 )
 
-LIBRARIES = {"exllamav2": "exllamav2", "gptqmodel": "gptqmodel"}  # of what loads a folder that transformers does not
+# Of what loads a folder that transformers does not.
+LIBRARIES = {"exllamav2": "exllamav2", "gptqmodel": "gptqmodel", "auto-gptq": "auto-gptq"}
 RELATIONS = ("quantized", "finetune", "adapter", "merge")
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from quantkit.card import (
+    AUTO_GPTQ,
     FLOORS,
     CardFacts,
     ErrorRow,
@@ -262,7 +263,13 @@ def test_import_is_light() -> None:
 # ------------------------------------------------------------------------------------------ load snippet
 
 
-@pytest.mark.parametrize("loader", ["transformers", "quantkit"])
+def test_versions_for_auto_gptq_are_those_of_its_environment() -> None:
+    path = Path(__file__).parent / "interop" / "requirements" / "autogptq.txt"
+    assert {named.replace("auto-gptq", "auto_gptq") for named in AUTO_GPTQ} <= set(path.read_text().splitlines())
+    assert "`auto-gptq==0.7.1`" in render(loader="auto-gptq")
+
+
+@pytest.mark.parametrize("loader", ["transformers", "quantkit", "gptqmodel", "auto-gptq"])
 @pytest.mark.parametrize("chat", [False, True])
 def test_snippet_loads_this_folder_and_uses_only_names_it_defines(loader: Any, chat: bool) -> None:
     text = render(loader=loader, chat=chat, name='O"wl\\`7B')

@@ -32,9 +32,10 @@ LOADERS = {
     "qwen2_moe": ("gptqmodel", _EXPERTS),
     "qwen3_moe": ("gptqmodel", _EXPERTS),
     "mixtral": (
-        "none",
+        "auto-gptq",
         "transformers 5 with optimum fills the experts of this folder with random numbers, and gptqmodel 7.7 looks for "
-        "them under other names: neither can load it; engines that keep Mixtral's own names may, which was not tried",
+        "them under other names; load it with auto-gptq 0.7.1 beside transformers 4.45, which expects every linear of "
+        "attention and experts to be quantized",
     ),
 }
 UNTRIED = (
@@ -100,7 +101,10 @@ def _siblings(a: str, b: str) -> bool:
 def loader(architecture: str, params: Grouped) -> tuple[str, str]:
     """Which program loads the folder, "none" if no one that was tried does, and a warning about the others or ""."""
     if params.format == "gptq":
-        return LOADERS.get(architecture, ("transformers", ""))
+        program, warning = LOADERS.get(architecture, ("transformers", ""))
+        if program == "auto-gptq" and params.checkpoint_format != "gptq":
+            return "none", f"no program that was tried knows this architecture in {params.checkpoint_format}"
+        return program, warning
     odd = architecture in ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe")
     return ("none", UNTRIED) if odd else ("transformers", "")
 

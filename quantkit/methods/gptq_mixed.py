@@ -156,6 +156,8 @@ def _loader(architecture: str, params: MixedGptq) -> tuple[str, str]:
     program, warning = gptq_config.loader(architecture, params)
     if params.format != "gptq" or program == "none":
         return program, warning
+    if program == "auto-gptq":
+        return "none", f"gptqmodel 7.7 does not know {architecture}'s names, and auto-gptq one width for all linears"
     if architecture == "phi3":
         return "none", "transformers with optimum knows one width for all linears, and gptqmodel 7.7 not this model"
     return "gptqmodel", "transformers with optimum takes all linears to have one width: load it with gptqmodel"
