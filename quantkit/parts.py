@@ -14,7 +14,11 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +27,18 @@ import yaml
 from quantkit.checkpoint.header import fsync_directory
 from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import SourceFiles, read_json
-from quantkit.checkpoint.writer import PARTIAL, ShardWriter, write_error, write_file
+from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, write_file
 from quantkit.console import Console
 from quantkit.errors import Interrupted, OutputError, RunError, SourceError, UsageError
 from quantkit.layouts import Checkpoint
+from quantkit.memory import HASH_BUFFER
 from quantkit.output import JOB, check_place, is_finished
 from quantkit.plans import Plan, Unit
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publish
 from quantkit.sharing import Part, runs
 
-FILES_A_PART = 4  # source files for each part, from which on parts begin where files do
+NEAR = 0.1  # of a part's cost: so far a part may begin from where it should, if a source file ends there
 PATIENCE = 600.0  # seconds
 RETRIES, PAUSE = 8, 0.25  # how long a job may take to begin, seen from elsewhere
 
@@ -41,18 +46,13 @@ RETRIES, PAUSE = 8, 0.25  # how long a job may take to begin, seen from elsewher
 def shares(plan: Plan, count: int) -> list[Share]:
     """The plan's units in `count` runs, in their order, of about the same cost; each a share, which may be empty.
 
-    A run is cut where a source file ends if there are enough of these, so that most are hashed by who reads them.
+    A run is cut where a source file ends if one does nearby, so that most are hashed by who reads them.
     """
-    files = list(dict.fromkeys(u.source.file for u in plan.units))
-    by_file = len(files) >= FILES_A_PART * count
-    keys = [u.source.file if by_file else u.name for u in plan.units]
-    costs: dict[str, int] = {}
-    for key, unit in zip(keys, plan.units, strict=True):
-        costs[key] = costs.get(key, 0) + _cost(unit)
-    owner = dict(zip(costs, runs(list(costs.values()), count), strict=True))
+    costs = [_cost(unit) for unit in plan.units]
+    ends = {u.source.file: end for u, end in zip(plan.units, accumulate(costs), strict=True)}
     owned: list[list[Unit]] = [[] for _ in range(count)]
-    for key, unit in zip(keys, plan.units, strict=True):
-        owned[owner[key]].append(unit)
+    for unit, owner in zip(plan.units, runs(costs, count, list(ends.values()), NEAR), strict=True):
+        owned[owner].append(unit)
     return [_share(plan, tuple(units)) for units in owned]
 
 
@@ -313,6 +313,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                     f"tensor {left[0].name!r} is in no part's journal", where=str(out), hint="run its part again"
                 )
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
+                kept = _hashed(plan, files, writer, own, kept, console)
                 measured = Run(plan, checkpoint, files, writer, own, console, kept, again=False).run(out)
                 files.check_unchanged()
             writer.commit()
@@ -320,6 +321,37 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
         with _locked(out):
             _forget(out)
     return outcome_of(out, plan, started, 0, measured)
+
+
+def _hashed(
+    plan: Plan, files: SourceFiles, writer: ShardWriter, journal: Journal, kept: Kept, console: Console
+) -> Kept:
+    """With the hashes of files that no part had whole, several at once. Torch files get their CRC-32s first: later."""
+    left = {("source", f.name): (partial(files.pread, f.name), f.nbytes)
+            for f in files.files.values() if f.name not in kept.sources}  # fmt: skip
+    left |= {("shard", s.name): (partial(writer.read_into, s.name), s.nbytes)
+             for s in plan.shards if s.name not in kept.shards and s.zip is None}  # fmt: skip
+
+    def digest(key: tuple[str, str]) -> str:
+        read, nbytes = left[key]
+        return TrailingHash(read, nbytes, memoryview(bytearray(HASH_BUFFER))).hexdigest()
+
+    found: dict[tuple[str, str], str] = {}
+    pool = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="hash")
+    try:
+        with console.progress(sum(nbytes for _, nbytes in left.values())) as progress:
+            largest_first = sorted(left, key=lambda key: -left[key][1])
+            futures = {pool.submit(digest, key): key for key in largest_first}
+            for future in as_completed(futures):
+                key = futures[future]
+                found[key] = future.result()
+                journal.append([{key[0]: key[1], "sha256": found[key]}])
+                progress.advance(left[key][1])
+    finally:
+        pool.shutdown(cancel_futures=True)
+    sources = {name: digest for (kind, name), digest in found.items() if kind == "source"}
+    shards = {name: digest for (kind, name), digest in found.items() if kind == "shard"}
+    return replace(kept, sources={**kept.sources, **sources}, shards={**kept.shards, **shards})
 
 
 def _begun_by(part: Part, out: Path) -> bool:

@@ -60,7 +60,7 @@ def prune_group(
     factor = None
     if found.tokens >= FEWEST_TOKENS:
         order = torch.arange(len(found.hessian), device=found.hessian.device)
-        factor = factorize(found.hessian, order, prune.damp or DAMP)
+        factor = factorize(found.hessian, order, prune.damp or DAMP, found.team)
     for name, amount in amounts.items():
         if factor is None:
             yield name, Pruned(magnitude(found.weights[name], amount, per_row=True), fallback=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,8 +30,13 @@ def parse_part(text: str) -> Part:
     return Part(int(found[1]), int(found[2]))
 
 
-def runs(costs: Sequence[int], count: int) -> list[int]:
+def runs(costs: Sequence[int], count: int, ends: Sequence[int] = (), near: float = 0.0) -> list[int]:
     """For each of some things in a row, which of `count` (from 0) does it: that in whose equal stretch of all costs its
-    middle lies. So everybody has a run of them, of about the same cost. Costs are above 0."""
-    total = sum(costs)
-    return [int(count * (end - cost / 2) / total) for end, cost in zip(accumulate(costs), costs, strict=True)]
+    middle lies. So everybody has a run of them, of about the same cost. Costs are above 0. ends: sums of costs at which
+    a run had better end, if one is no further than `near` of a stretch from where it should."""
+    stretch = sum(costs) / count
+    cuts = []
+    for n in range(1, count):
+        nearest = min(ends, key=lambda end: abs(end - n * stretch), default=0)
+        cuts.append(nearest if abs(nearest - n * stretch) <= near * stretch else n * stretch)
+    return [bisect_right(cuts, end - cost / 2) for end, cost in zip(accumulate(costs), costs, strict=True)]

@@ -190,9 +190,9 @@ class Exl2Solver:
     work: Work
     damp: float
 
-    def factor(self, hessian: Tensor) -> Factor | None:
+    def factor(self, hessian: Tensor, team: Team = ALONE) -> Factor | None:
         with torch.no_grad():
-            return factorize(hessian, processing_order(hessian, "static"), self.damp)
+            return factorize(hessian, processing_order(hessian, "static"), self.damp, team)
 
     def solve(
         self,

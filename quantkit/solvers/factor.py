@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.solvers.team import ALONE, Team
 from quantkit.solvers.threads import in_threads, runs
 from quantkit.solvers.triangular import cholesky
 
@@ -43,10 +44,11 @@ def dampings(damp: float) -> Iterator[float]:
         yield more
 
 
-def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor | None:
+def factorize(hessian: Tensor, order: Tensor, damp: float, team: Team = ALONE) -> Factor | None:
     """The factor of a Hessian Σ x·xᵀ, float32 [n, n], symmetric, which is left as it is; None if there is none.
 
-    order: int64 [n], a permutation; order[0] is rounded first. damp: in units of the mean of the diagonal.
+    order: int64 [n], a permutation; order[0] is rounded first. damp: in units of the mean of the diagonal. team:
+    whose processes all have this Hessian, and get this factor.
     Never raises for what a Hessian holds: where it is singular or worse the damping grows as `dampings` says; where a
     number is not finite, or no damping helps, the answer is None. One new n × n matrix.
     """
@@ -59,7 +61,7 @@ def factorize(hessian: Tensor, order: Tensor, damp: float) -> Factor | None:
             return None
         _isolate(lower, dead[position])
         lower.diagonal().add_(more)
-        if cholesky(lower):
+        if cholesky(lower, team):
             pivots = lower.diagonal().clone()
             if _divide(lower, pivots):
                 return Factor(lower, pivots, position, scale, more, dead.nonzero().flatten())

@@ -91,10 +91,10 @@ def processing_order(hessian: Tensor, order: Order) -> Tensor:
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
-def factor_for(hessian: Tensor, settings: Settings) -> Factor | None:
+def factor_for(hessian: Tensor, settings: Settings, team: Team = ALONE) -> Factor | None:
     """What `solve` would compute from the Hessian: for several weights with the same inputs, once. None: a fallback."""
     with torch.no_grad():
-        return factorize(hessian, processing_order(hessian, settings.order), settings.damp)
+        return factorize(hessian, processing_order(hessian, settings.order), settings.damp, team)
 
 
 def solve(
@@ -204,15 +204,20 @@ def _refined(
     return projection, codes
 
 
-def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, ridge: float, team: Team = ALONE) -> Tensor:
+def ridge_factor(hessian: Tensor, ridge: float, team: Team = ALONE) -> Factor | None:
+    """What `step_toward` needs of a Hessian, for all weights with these inputs."""
+    with torch.no_grad():
+        return factorize(hessian, torch.arange(hessian.shape[0] - 1, -1, -1, device=hessian.device), ridge, team)
+
+
+def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, factor: Factor | None, team: Team = ALONE) -> Tensor:
     """(G − W·H)·(H + ridge·mean(diag H)·I)⁻¹, float32 [rows, columns], in place of G: how far the weight must go to
     make up for inputs that are not those it was trained on.
 
     cross: G float32 [rows, columns], Σ y·xᵀ of the outputs y wanted and the inputs x there are, in the unit of H = Σ
-    x·xᵀ. Nothing where the Hessian has no factor. One more matrix of the Hessian's size is held.
+    x·xᵀ. factor: of `ridge_factor`; nothing where there is none.
     """
     with torch.no_grad():
-        factor = factorize(hessian, torch.arange(hessian.shape[0] - 1, -1, -1, device=hessian.device), ridge)
         if factor is None:
             return cross.zero_()
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from quantkit.solvers.factor import Factor
-from quantkit.solvers.gptq import Report, Restorable, Settings, Solved, factor_for, solve, step_toward
+from quantkit.solvers.gptq import Report, Restorable, Settings, Solved, factor_for, ridge_factor, solve, step_toward
 from quantkit.solvers.grids import Grid, rtn
 from quantkit.solvers.team import ALONE, Team
 from quantkit.torch_setup import give_back_beside
@@ -39,7 +39,7 @@ class Solver(Protocol):
     """A kind of codes, and for each linear the grid they are on. factor: of a Hessian, for all linears with these
     inputs. nearest: without one."""
 
-    def factor(self, hessian: Tensor) -> Factor | None: ...
+    def factor(self, hessian: Tensor, team: Team = ALONE) -> Factor | None: ...
 
     def solve(
         self,
@@ -63,8 +63,8 @@ class GptqSolver:
     settings: Settings
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
-    def factor(self, hessian: Tensor) -> Factor | None:
-        return factor_for(hessian, self.settings)
+    def factor(self, hessian: Tensor, team: Team = ALONE) -> Factor | None:
+        return factor_for(hessian, self.settings, team)
 
     def solve(
         self,
@@ -107,11 +107,13 @@ def aim(found: Statistics) -> dict[str, Tensor]:
     """What each weight that has a cross is aimed at, float32 [out, in]; afterwards the sums are complete, and no cross
     is left."""
     targets: dict[str, Tensor] = {}
+    factor = ridge_factor(found.hessian, RIDGE, found.team) if found.cross else None
     for name in list(found.cross):
         weight = found.weights[name]
-        step = step_toward(weight, found.hessian, found.cross.pop(name), RIDGE, found.team)
+        step = step_toward(weight, found.hessian, found.cross.pop(name), factor, found.team)
         part = strength(*found.probe(name, step))
         targets[name] = step.mul_(part).add_(weight)
+    factor = None  # as large as the Hessian
     found.complete()
     give_back_beside(found.hessian.nbytes)
     return targets
@@ -130,7 +132,7 @@ def solve_group(
             pruned = weight if name not in keep else weight.masked_fill(~keep[name], 0)
             yield name, Solved(solver.nearest(name, pruned, found.hessian), Report(None, None, 0.0, True, False, 0))
         return
-    factor = solver.factor(found.hessian)
+    factor = solver.factor(found.hessian, found.team)
     last = [*weights][-1]
     for name, weight in weights.items():
         target, kept = targets.pop(name, None), keep.pop(name, None)

@@ -8,19 +8,24 @@ from torch import Tensor
 from quantkit.kernels.cholesky import factor_corner
 from quantkit.kernels.cholesky import substitute as kernel
 from quantkit.solvers.projection import arrays
+from quantkit.solvers.team import ALONE, Team
 from quantkit.solvers.threads import in_threads, runs
 
 PANEL = 512  # columns that are factored before the next ones are looked at
 STEP = 128  # columns that are factored by a kernel
 ROWS = 256  # rows of a panel to a thread
+WORTH = 1024  # columns from which on a team shares a factor: what a smaller one takes is less than to wait for others
 
 
-def cholesky(matrix: Tensor) -> bool:
+def cholesky(matrix: Tensor, team: Team = ALONE) -> bool:
     """The lower factor in place of the matrix, float32 [n, n], zeros above; False, and rubbish, where there is none.
+    team: whose processes all have this matrix.
 
     Reads the lower triangle. Holds a panel beside the matrix, where torch's own holds one or two copies.
     """
     n = matrix.shape[0]
+    if n < WORTH or matrix.device.type != "cpu":
+        team = ALONE
     for left in range(0, n, PANEL):
         right = min(left + PANEL, n)
         done, panel = matrix[left:right, :left], matrix[:, left:right]
@@ -34,10 +39,10 @@ def cholesky(matrix: Tensor) -> bool:
             panel[rows] = substitute(matrix[left:right, left:right].mT, panel[rows])
 
         if left:
-            in_threads(update, runs(left, right, STEP, matrix.device), matrix.device)
+            team.compute(update, runs(left, right, STEP, matrix.device), [panel], matrix.device)
         if not in_threads(_corner, [matrix[left:right, left:right]], matrix.device)[0]:
             return False
-        in_threads(finish, runs(right, n, ROWS, matrix.device), matrix.device)
+        team.compute(finish, runs(right, n, ROWS, matrix.device), [panel], matrix.device)
     in_threads(lambda rows: matrix[rows].tril_(rows.start), runs(0, n, ROWS, matrix.device), matrix.device)
     return True
 

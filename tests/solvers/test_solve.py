@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layers import layer
 from oracle import gptq as oracle
 
-from quantkit.solvers.gptq import Settings, Solved, factor_for, solve, step_toward
+from quantkit.solvers.gptq import Settings, Solved, factor_for, ridge_factor, solve, step_toward
 from quantkit.solvers.grids import Grid, rtn
 
 ORDERS = ["static", "none", "group"]
@@ -139,7 +139,7 @@ def test_same_bytes_twice_and_for_any_number_of_threads(order: Any) -> None:
     for threads in (1, 1, 2, 3, 16):
         torch.set_num_threads(threads)
         solved.append(solve(weight, hessian, how))
-        shifted.add(step_toward(weight, hessian, weight @ torch.eye(650), 0.1).numpy().tobytes())
+        shifted.add(step_toward(weight, hessian, weight @ torch.eye(650), ridge_factor(hessian, 0.1)).numpy().tobytes())
     assert all(same(solved[0], other) for other in solved[1:])
     assert len(shifted) == 1
 
@@ -165,13 +165,14 @@ def test_step_toward_what_is_wanted() -> None:
     damped, dead = oracle.damped(h, 0.01)
     mean = np.diag(h)[~dead].mean()
     expected = np.linalg.solve(damped * mean, (g - w @ h).T).T
-    step = step_toward(weight, hessian, cross.clone(), 0.01)
+    step = step_toward(weight, hessian, cross.clone(), ridge_factor(hessian, 0.01))
     np.testing.assert_allclose(step.numpy(), expected, atol=2e-6)
     assert not step[:, 11].any()
     outputs = true @ weight.T
-    full = weight + step_toward(weight, hessian, cross.clone(), 1e-6)
+    full = weight + step_toward(weight, hessian, cross.clone(), ridge_factor(hessian, 1e-6))
     assert (there @ full.T - outputs).square().sum() < (there @ weight.T - outputs).square().sum()
-    assert not step_toward(weight, hessian * float("nan"), cross, 0.01).any()
+    broken = hessian * float("nan")
+    assert not step_toward(weight, broken, cross, ridge_factor(broken, 0.01)).any()
 
 
 def test_target_is_what_is_come_near_to() -> None:
