@@ -15,7 +15,7 @@ BASE = 850 * MIB
 BASE_GPU = 2600 * MIB
 FLOAT = 4
 # Of a part of a weight, for each thread; solvers.threads has the same numbers, beside torch, which no plan loads.
-MOST, LEAST, LARGEST = 256, 64, 2**20
+MOST, LEAST, LARGEST = 256, 48, 2**20
 HOLES = 0.25  # what the heap keeps of freed blocks and of copies that products made: measured on a layer of a 7B model
 # Of measuring (see measurer): rows and tokens that go forward and back, tokens whose logits are there at a time; rows
 # of a trial, and kinds of linears that experts have.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+TILE = 64
+
 
 @njit(nogil=True, cache=True)
 def factor_corner(corner):  # type: ignore[no-untyped-def]
@@ -42,12 +44,26 @@ def factor_corner(corner):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def substitute(upper, rows):  # type: ignore[no-untyped-def]
-    """X·U = B for every row of B, float32 [rows, n], in place. U: float32 [n, n], upper triangular."""
-    for r in range(rows.shape[0]):
-        row = rows[r]
-        for j in range(upper.shape[0]):
-            row[j] /= upper[j, j]
-            x = row[j]
-            beside = upper[j]
-            for k in range(j + 1, upper.shape[0]):
-                row[k] -= x * beside[k]
+    """X·U = B for every row of B, float32 [rows, n], in place. U: float32 [n, n], upper triangular.
+
+    TILE rows at a time, turned: what is done to a number lies beside what is done to the next row's.
+    """
+    n = upper.shape[0]
+    tile = np.empty((n, TILE), np.float32)
+    for first in range(0, rows.shape[0], TILE):
+        count = min(TILE, rows.shape[0] - first)
+        tile[:, count:] = 0
+        for r in range(count):
+            for j in range(n):
+                tile[j, r] = rows[first + r, j]
+        for k in range(n):
+            for j in range(k):
+                part = upper[j, k]
+                for r in range(TILE):
+                    tile[k, r] -= part * tile[j, r]
+            pivot = upper[k, k]
+            for r in range(TILE):
+                tile[k, r] /= pivot
+        for r in range(count):
+            for j in range(n):
+                rows[first + r, j] = tile[j, r]

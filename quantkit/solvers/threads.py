@@ -18,7 +18,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-LEAST, MOST, PARTS = 64, 256, 16  # rows to a part: enough for a product to be fast, and parts for as many threads
+LEAST, MOST, PARTS = 48, 256, 16  # rows to a part: enough for a product to be fast, and parts for as many threads
 LARGEST = 2**20  # numbers in a part, as far as LEAST rows have fewer
 
 
