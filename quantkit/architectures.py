@@ -193,6 +193,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         linears={**_QWEN3_MOE.linears, **_gated("S", "mlp.shared_expert"), "mlp.shared_expert_gate": ("1", "H")},
         others={**_LLAMA.others, "mlp.gate": ("E", "H")}),
     _QWEN3_MOE,
+    _like(
+        _QWEN3_MOE, "deepseek_v3", defaults={"num_key_value_heads": 128},
+        # Attention through low ranks. The first layers are dense; q_proj is where there is no rank for it.
+        linears={"self_attn.q_proj": ("A*N+A*R", "H"), "self_attn.q_a_proj": ("Q", "H"),
+                 "self_attn.q_b_proj": ("A*N+A*R", "Q"), "self_attn.kv_a_proj_with_mqa": ("C+R", "H"),
+                 "self_attn.kv_b_proj": ("A*N+A*U", "C"), "self_attn.o_proj": ("H", "A*U"),
+                 **_gated("F"), **_gated("M", "mlp.experts.*"), **_gated("M*B", "mlp.shared_experts")},
+        others={**_LLAMA.others, "self_attn.q_a_layernorm": ("Q",), "self_attn.kv_a_layernorm": ("C",),
+                "mlp.gate": ("E", "H"), "mlp.gate.e_score_correction_bias": ("E",)}),
 )
 # fmt: on
 
@@ -268,6 +277,9 @@ def skip_modules(architecture: Architecture, config: Mapping[str, Any]) -> tuple
     return ((embedding,) if is_tied(architecture, config) else ()) + architecture.heads
 
 
+_WHOLE = ("e_score_correction_bias",)  # parameters that are called by no module's leaf
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     pattern: str  # a key of the row: below the block, or below the prefix
@@ -279,6 +291,8 @@ class _Place:
 
 def _locate(architecture: Architecture, config: Mapping[str, Any], name: str) -> _Place | None:
     path, _, leaf = name.rpartition(".")
+    if leaf in _WHOLE:
+        path, leaf = name, "weight"
     if leaf not in ("weight", "bias"):
         return None
     if path in architecture.heads:
@@ -317,13 +331,19 @@ _KEYS = {
     "L": ("num_hidden_layers", "n_layer"),
     "A": ("num_attention_heads", "n_head"),
     "F": ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"),
-    "E": ("num_local_experts", "num_experts"),
+    "E": ("num_local_experts", "num_experts", "n_routed_experts"),
     "M": ("moe_intermediate_size",),
+    "B": ("n_shared_experts",),
     "S": ("shared_expert_intermediate_size",),
     "P": ("max_position_embeddings", "n_positions"),
     "K": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "D": ("head_dim",),
     "W": ("word_embed_proj_dim",),
+    "Q": ("q_lora_rank",),
+    "C": ("kv_lora_rank",),
+    "R": ("qk_rope_head_dim",),
+    "N": ("qk_nope_head_dim",),
+    "U": ("v_head_dim",),
 }
 
 

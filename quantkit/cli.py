@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -19,6 +20,8 @@ from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, Ve
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
+    from quantkit.forecast import Forecast
+    from quantkit.plans import Plan
     from quantkit.recipe import Recipe
 
 _calibration_options = (
@@ -197,10 +200,33 @@ def inspect(source: str, revision: str | None, sparsity: bool, as_json: bool, qu
 @_source
 @_quantize_options
 @_common_options
+@options(
+    click.option("--nodes", type=click.IntRange(1), help="Say what it takes on so many machines."),
+    click.option("--gpus-per-node", type=click.IntRange(0), help="With so many GPUs each.  [default: 0]"),
+    click.option("--profile", "rates", type=click.Path(path_type=Path), help="And how long, by `doctor --calibrate`."),
+    click.option("--network", help="Bytes a second between machines.  [default: 1.25GB]"),
+)
 @output_options
-def plan(as_json: bool, quiet: bool, **options: Any) -> None:
+def plan(
+    as_json: bool,
+    quiet: bool,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    rates: Path | None,
+    network: str | None,
+    **options: Any,
+) -> None:
     """Say every byte that `quantize` would write, and the RAM it takes, without reading a weight."""
-    _print_plan(_recipe(options), Console(json=as_json, quiet=quiet))
+    recipe, console = _recipe(options), Console(json=as_json, quiet=quiet)
+    if nodes is None and gpus_per_node is None and rates is None and network is None:
+        _print_plan(recipe, console)
+        return
+    from quantkit.forecast import NETWORK, forecast
+    from quantkit.rates import read_rates
+
+    known = None if rates is None else read_rates(rates)
+    speed = NETWORK if network is None else _rate(network)
+    _print_plan(recipe, console, lambda job: forecast(job, nodes or 1, gpus_per_node or 0, known, speed))
 
 
 @cli.command()
@@ -357,13 +383,29 @@ for command in COMMANDS:
     cli.add_command(command)
 
 
-def _print_plan(recipe: Recipe, console: Console) -> None:
+def _rate(text: str) -> int:
+    from quantkit.recipe import parse_size
+
+    try:
+        found = int(parse_size(text))
+    except ValueError as e:
+        raise UsageError(str(e), where="--network", hint="bytes a second, such as 12.5GB") from None
+    if found <= 0:
+        raise UsageError("a network moves bytes", where="--network", hint="bytes a second, such as 12.5GB")
+    return found
+
+
+def _print_plan(recipe: Recipe, console: Console, look_ahead: Callable[[Plan], Forecast] | None = None) -> None:
     from quantkit import api
 
     job, _ = api.plan_recipe(recipe)
     for warning in job.warnings:
         console.warn(warning)
-    console.result(job.to_json(), plan_text(job))
+    if look_ahead is None:
+        console.result(job.to_json(), plan_text(job))
+        return
+    found = look_ahead(job)
+    console.result({**job.to_json(), "forecast": found.to_json()}, plan_text(job, found.rows()))
 
 
 def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, part: str | None) -> None:

@@ -155,9 +155,25 @@ def push(folder: Path, repo_id: str, as_json: bool, quiet: bool, **given: Any) -
 
 
 @click.command()
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="Measure the machine's rates.")
+@click.option("--device", help="With --calibrate: cpu or cuda.  [default: cpu]")
 @output_options
-def doctor(as_json: bool, quiet: bool) -> None:
-    """What is installed and what each extra would add, versions that do not go together, and what this machine has."""
+def doctor(as_json: bool, quiet: bool, calibrate: Path | None, device: str | None) -> None:
+    """What is installed and what each extra would add, versions that do not go together, and what this machine has.
+
+    --calibrate measures instead, in two minutes, how fast this machine is with files in FILE's folder, and writes it to
+    FILE, for `quantkit plan --profile`.
+    """
+    if calibrate is not None:
+        from quantkit.rates import measure_rates
+
+        console = Console(json=as_json, quiet=quiet)
+        rates = measure_rates(calibrate.absolute().parent, console, device or "cpu")
+        rates.save(calibrate)
+        console.result(asdict(rates), rates.text())
+        return
+    if device is not None:
+        raise UsageError("--device goes with --calibrate", hint="quantkit doctor --calibrate FILE --device cuda")
     from quantkit.doctor import diagnose, diagnosis_text
 
     found = diagnose()

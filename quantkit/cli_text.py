@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from quantkit.runner import Outcome
 
 
-def plan_text(job: Plan) -> str:
+def plan_text(job: Plan, forecast: Sequence[tuple[str, str]] = ()) -> str:
+    """forecast: rows on what it takes on some machines."""
     tensors = table(
         [
             (t.name, t.dtype, "×".join(map(str, t.shape)) or "scalar", f"{t.nbytes:,}")
@@ -35,6 +36,7 @@ def plan_text(job: Plan) -> str:
             *_calibration_rows(job),
             ("passes", f"{job.passes} over the source"),
             ("plan hash", job.hash),
+            *forecast,
         ]
     )
     return f"{tensors}\n\n{files}\n\n{totals}"

@@ -20,6 +20,14 @@ def human_bytes(n: float) -> str:
     raise AssertionError
 
 
+def human_time(seconds: float) -> str:
+    """5400 → '1.5 hours'."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def printable(text: str) -> str:
     """Text as one line that only prints: what a stranger's names hold besides is spelled out (`\\n`, `\\x1b`)."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from quantkit import architectures
 from quantkit.architectures import Linear
 from quantkit.calibration.data import Tokens
-from quantkit.checkpoint.system import cores
+from quantkit.checkpoint.system import cores, multiplies_in_bf16
 from quantkit.checkpoint.views import SourceTensor
-from quantkit.layer_memory import LayerMemory, LayerShape, StreamShape, plan_layers
+from quantkit.layer_memory import FLOAT, LayerMemory, LayerShape, StreamShape, plan_layers
 from quantkit.layouts import Checkpoint, Target
 from quantkit.memory import MemoryPlan, Work, plan_memory
 from quantkit.plans import Unit
@@ -85,7 +85,8 @@ def _plan_layers(
     recipe: Recipe, sources: Sequence[SourceTensor], linears: Mapping[str, Linear], stream: StreamShape
 ) -> LayerMemory:
     resources = recipe.resources
-    layers = _layers(sources, {name: linear for name, linear in linears.items() if linear.layer >= 0})
+    known = {name: linear for name, linear in linears.items() if linear.layer >= 0}
+    layers = _layers(sources, known, resources.device)
     threads = resources.threads or cores()
     return plan_layers(layers, stream, threads=threads, limit=resources.max_memory, device=resources.device)
 
@@ -108,7 +109,7 @@ def _made(recipe: Recipe, units: Sequence[Unit]) -> int:
     return made + (PRUNING if recipe.prune is not None and recipe.prune.method == "sparsegpt" else 0)
 
 
-def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear]) -> list[LayerShape]:
+def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear], device: str) -> list[LayerShape]:
     """The decoder layers as the memory plan sees them. linears: those that are solved or measured, by tensor name;
     another tensor belongs to the layer whose linears begin like it."""
     prefixes: dict[str, int] = {}
@@ -126,7 +127,17 @@ def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear]) -> l
         if layer is not None:
             others[layer] += source.numel
     itemsize = max(s.nbytes // s.numel for s in sources if s.name in linears)
-    return [LayerShape(tuple(solved[n]), tuple(experts[n]), itemsize, others[n]) for n in solved]
+    loaded = max(_loaded(s.dtype, s.nbytes // s.numel, device) for s in sources if s.name in linears)
+    return [LayerShape(tuple(solved[n]), tuple(experts[n]), itemsize, loaded, others[n]) for n in solved]
+
+
+def _loaded(dtype: str, itemsize: int, device: str) -> int:
+    """Bytes of a weight in memory: as it is on disk and in bfloat16, if that is another, or else in float32."""
+    if device != "cpu":
+        return max(FLOAT, itemsize + 2)
+    if multiplies_in_bf16():
+        return itemsize if dtype == "BF16" else itemsize + 2
+    return FLOAT
 
 
 def _copies(unit: Unit, *, checked: bool) -> float:

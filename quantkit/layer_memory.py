@@ -27,11 +27,13 @@ PART = 12 * FLOAT  # bytes for each weight of these: its error, what is left to 
 @dataclass(frozen=True)
 class LayerShape:
     """One decoder layer: (rows, columns) of its linears to solve, of those that are experts', the bytes of one of their
-    weights on disk, and the number of its other parameters."""
+    weights on disk, the most that one takes in memory, as it is on disk and as passes compute with it, and the number
+    of its other parameters."""
 
     linears: tuple[tuple[int, int], ...]
     experts: tuple[tuple[int, int], ...]
     itemsize: int
+    loaded: int
     others: int
 
 
@@ -95,8 +97,10 @@ def plan_layers(
         # The head as it is on disk, and in parts that autograd keeps; logits, probabilities, their sums and gradients.
         stored = layers[0].itemsize
         gradients = max(saved, (FLOAT + stored) * matrix + 10 * FLOAT * TOKENS * vocabulary)
-        # A layer's weights as a trial has them; hidden states of the model and of one for each kind of linear.
-        weights += max(FLOAT * _numbers(layer) for layer in layers)
+        # Weights of one kind as a trial has them, read from where a layer's lie; hidden states of the model and of one
+        # for each kind of linear.
+        gradients = max(gradients, *(FLOAT * _one_kind(layer) for layer in layers))
+        scratch += max(FLOAT * _numbers(layer) for layer in layers)
         kinds = max(len(layer.linears) + EXPERT_KINDS * bool(layer.experts) for layer in layers)
         scratch += FLOAT * 2 * (kinds + 1) * TRIAL_ROWS * SHORT * stream.width
         scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * stream.width * (len(layers) + 2))
@@ -110,13 +114,18 @@ def plan_layers(
 
 
 def _weights(layer: LayerShape) -> int:
-    """Bytes of a layer's parameters: linears as they are on disk, and as they are computed with, which is float32, or
-    bfloat16 where a processor has that."""
-    return FLOAT * layer.others + max(FLOAT, layer.itemsize + 2) * _numbers(layer)
+    """Bytes of a layer's parameters."""
+    return FLOAT * layer.others + layer.loaded * _numbers(layer)
 
 
 def _numbers(layer: LayerShape) -> int:
     return sum(rows * columns for rows, columns in (*layer.linears, *layer.experts))
+
+
+def _one_kind(layer: LayerShape) -> int:
+    """Weights of the linears of one kind at the most: of all experts, two of their three matrices may be one."""
+    experts = sum(rows * columns for rows, columns in layer.experts)
+    return max([2 * experts // 3, *(rows * columns for rows, columns in layer.linears)])
 
 
 def _widths(layer: LayerShape) -> set[int]:

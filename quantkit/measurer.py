@@ -235,25 +235,25 @@ class _Run:
                     trials.begin(len(done))
                 for index in range(len(done), len(layers)):
                     losses: dict[str, dict[str, float]] = {}
-                    other: dict[str, torch.Tensor] = {}
 
                     def look(
                         _: tuple[str, ...],
                         seen: Statistics,
                         losses: dict[str, Any] = losses,
-                        other: dict[str, torch.Tensor] = other,
+                        trials: Trials | None = trials,
                     ) -> Mapping[str, torch.Tensor]:
                         lost, restored = _losses(seen, job, self.specs, energies, self.team)
                         losses |= lost
-                        other |= {name: weight.to(skeleton.device, compute) for name, weight in restored.items()}
+                        if trials is not None:
+                            for name in list(restored):
+                                trials.keep(name, restored.pop(name))
                         return dict(seen.weights)
 
                     stream.layer(index, look)
                     if trials is not None and self.journal is not None:
-                        trials.layer(index, other)
+                        trials.layer(index)
                         entry = {"layer": index, "losses": losses, "excluded": sorted(stream.excluded)}
                         self.journal.append([entry])
-                    other.clear()
                     found |= losses
                     self._passed(progress, layers[index], f"losses, layer {index}")
                 measured = self.team.tell({} if trials is None else trials.divergences())

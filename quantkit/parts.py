@@ -53,7 +53,8 @@ def shares(plan: Plan, count: int) -> list[Share]:
     owned: list[list[Unit]] = [[] for _ in range(count)]
     for unit, owner in zip(plan.units, runs(costs, count, list(ends.values()), NEAR), strict=True):
         owned[owner].append(unit)
-    return [_share(plan, tuple(units)) for units in owned]
+    first = {u.source.file: u.name for u in reversed(plan.units)}
+    return [_share(plan, tuple(units), first) for units in owned]
 
 
 def _cost(unit: Unit) -> int:
@@ -62,12 +63,11 @@ def _cost(unit: Unit) -> int:
     return unit.source.nbytes * (2 if unit.linear is not None else 1) + written + 1
 
 
-def _share(plan: Plan, units: tuple[Unit, ...]) -> Share:
+def _share(plan: Plan, units: tuple[Unit, ...], first: Mapping[str, str]) -> Share:
+    """first: of each source file, the unit whose part hashes it: all of it, as a hash cannot be handed over."""
     theirs = {u.name for u in units}
-    others = [u for u in plan.units if u.name not in theirs]
-    read = {r.file for u in others for r in u.source.parts} | {u.source.file for u in others}
-    written = {t.file for u in others for t in u.outputs}
-    sources = {u.source.file for u in units} - read
+    written = {t.file for u in plan.units if u.name not in theirs for t in u.outputs}
+    sources = {u.source.file for u in units if first[u.source.file] in theirs}
     return Share(units, frozenset(sources), frozenset(t.file for u in units for t in u.outputs) - written)
 
 

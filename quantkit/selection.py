@@ -65,7 +65,8 @@ class Chosen:
     @property
     def selection(self) -> Selection:
         encoded = tuple(linear.module for linear in self.quantized.values())
-        return Selection(encoded, tuple(x.module for x in self.all if x.module not in set(encoded)), self.skipped)
+        known = set(encoded)
+        return Selection(encoded, tuple(x.module for x in self.all if x.module not in known), self.skipped)
 
 
 def choose(recipe: Recipe, checkpoint: Checkpoint, tensors: Sequence[SourceTensor], losses: Losses | None) -> Chosen:

@@ -32,6 +32,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3": {**SIZES, "head_dim": 32},
     "qwen2_moe": {**SIZES, **MOE, "shared_expert_intermediate_size": 128},
     "qwen3_moe": {**SIZES, **MOE, "head_dim": 32},
+    "deepseek_v3": {
+        **SIZES,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "gemma3_text": {**SIZES, "head_dim": 32, "sliding_window": 8, "final_logit_softcapping": 5.0},
 }
 

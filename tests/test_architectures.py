@@ -245,7 +245,7 @@ def test_tied_and_skip_modules() -> None:
 
 def test_warnings_for_readers() -> None:
     warned = {arch.name: arch.warning for arch in ARCHITECTURES if arch.warning}
-    assert set(warned) == {"falcon", "mixtral", "qwen2_moe", "qwen3_moe"}
+    assert set(warned) == {"falcon", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
     assert all("quantkit.load" in warning for warning in warned.values())
 
 

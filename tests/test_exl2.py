@@ -188,11 +188,11 @@ def test_measuring_begins_anew_without_its_hidden_states(tmp_path: Path, monkeyp
     real, asked = Trials.layer, []
     hidden = tmp_path / "m.json.work" / ".quantkit" / "hidden"
 
-    def layer(self: Trials, index: int, other: Any) -> None:
+    def layer(self: Trials, index: int) -> None:
         if index == stop:
             raise KeyboardInterrupt
         asked.append(index)
-        real(self, index, other)
+        real(self, index)
 
     monkeypatch.setattr(Trials, "layer", layer)
     for stop, done in ((3, [0, 1, 2]), (1, [0])):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
@@ -31,7 +32,8 @@ def kind_of(module: str, layer: int) -> str:
 
 class Trials:
     """The model as it is, and for each kind of linear one in which those have other weights, over token ids [rows,
-    length], layer by layer. kinds: by name of a linear. folder: for hidden states, which the caller removes."""
+    length], layer by layer. kinds: by name of a linear. folder: for hidden states and other weights; its files are the
+    caller's to remove."""
 
     def __init__(
         self,
@@ -52,6 +54,19 @@ class Trials:
             for number, kind in enumerate(names)
         }
         self.calls: list[Call] = []
+        self.folder = folder
+        self.others: dict[str, tuple[Path, torch.Size]] = {}
+
+    def keep(self, name: str, weight: torch.Tensor) -> None:
+        """The other weight [out, in] of a linear of the next layer; on disk, as only one kind is needed at a time."""
+        path = self.folder / f"trial-weight-{len(self.others)}"
+        weight.to(self.compute).cpu().contiguous().view(torch.uint8).numpy().tofile(path)
+        self.others[name] = path, weight.shape
+
+    def _other(self, name: str) -> torch.Tensor:
+        path, shape = self.others[name]
+        raw = torch.from_numpy(np.fromfile(path, np.uint8))
+        return raw.view(self.compute).reshape(shape).to(self.skeleton.device)
 
     def kept(self, layer: int) -> bool:
         """Whether the hidden states that enter a layer are on disk."""
@@ -67,16 +82,19 @@ class Trials:
                         states[0].write(row, x)
 
     @torch.inference_mode()
-    def layer(self, index: int, trial: Mapping[str, torch.Tensor]) -> None:
-        """trial: the other weights of this layer's linears [out, in]."""
+    def layer(self, index: int) -> None:
+        """With the other weights that were kept of it, which are gone then."""
         with loaded(self.skeleton, self.weights, index, self.linears[index], self.compute) as layer:
             for kind, states in self.states.items():
-                others = {name: weight for name, weight in trial.items() if self.kinds[name] == kind}
+                others = {name: self._other(name) for name in self.others if self.kinds[name] == kind}
                 layer.linears.answer = partial(_answer, {**layer.ready, **others})
                 for row in range(len(self.ids)):
                     x = states[index % 2].read(row, self.skeleton.device)
                     states[(index + 1) % 2].write(row, self.skeleton.run(index, x, self.calls[index]))
                 states[(index + 1) % 2].sync()
+        for path, _ in self.others.values():
+            path.unlink()
+        self.others = {}
 
     @torch.inference_mode()
     def divergences(self) -> dict[str, float]:

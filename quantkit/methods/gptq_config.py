@@ -31,6 +31,7 @@ LOADERS = {
     "phi3": ("transformers", "gptqmodel 7.7 looks for the parts of this model's fused layers and does not load it"),
     "qwen2_moe": ("gptqmodel", _EXPERTS),
     "qwen3_moe": ("gptqmodel", _EXPERTS),
+    "deepseek_v3": ("gptqmodel", _EXPERTS),
     "mixtral": (
         "auto-gptq",
         "transformers 5 with optimum fills the experts of this folder with random numbers, and gptqmodel 7.7 looks for "
@@ -105,7 +106,7 @@ def loader(architecture: str, params: Grouped) -> tuple[str, str]:
         if program == "auto-gptq" and params.checkpoint_format != "gptq":
             return "none", f"no program that was tried knows this architecture in {params.checkpoint_format}"
         return program, warning
-    odd = architecture in ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe")
+    odd = architecture in ("falcon", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
     return ("none", UNTRIED) if odd else ("transformers", "")
 
 

@@ -34,7 +34,9 @@ def test_divergences_are_those_of_whole_models(tmp_path: Path) -> None:
             assert not trials.kept(1)
             trials.begin(0)
             for index, layer in enumerate(layers):
-                trials.layer(index, {name: others[name] for name in layer})
+                for name in layer:
+                    trials.keep(name, others[name])
+                trials.layer(index)
                 assert trials.kept(index + 1)
             found = trials.divergences()
 

@@ -44,6 +44,11 @@ GPT2 = {k: v for k, v in BASE.items() if k not in ("hidden_size", "max_position_
 BLOOM = {k: v for k, v in BASE.items() if k not in ("max_position_embeddings",)}
 MOE = {**LLAMA, "moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
 
+LOW_RANK = {
+    **LLAMA, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+    "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 40, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 12, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama biases": {**LLAMA, **BIASES},
@@ -82,6 +87,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2_moe mixed": {**MOE, "shared_expert_intermediate_size": 112, "mlp_only_layers": [0], "qkv_bias": False},
     "qwen3_moe": MOE,
     "qwen3_moe mixed": {**MOE, "decoder_sparse_step": 2},
+    "deepseek_v3": LOW_RANK,
+    "deepseek_v3 q_proj": {**LOW_RANK, "q_lora_rank": None},
 }
 ROWS = {case.partition(" ")[0] for case in CASES}
 

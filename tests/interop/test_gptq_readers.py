@@ -131,7 +131,7 @@ def test_layers_left_dense(tmp_path: Path, environment: str, reader: str) -> Non
     assert np.abs(theirs["logits"] - logits).max() <= 0.1 * np.abs(logits).max()
 
 
-OTHERS = ("qwen3", "gemma3_text", "phi3", "bloom", "gpt2", "falcon", "mixtral", "qwen2_moe", "qwen3_moe")
+OTHERS = ("qwen3", "gemma3_text", "phi3", "bloom", "gpt2", "falcon", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 
 
 @pytest.mark.parametrize("kind", OTHERS)
