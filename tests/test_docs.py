@@ -25,8 +25,9 @@ from quantkit.cli import cli
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Who is elsewhere in the tests: the Hub (test_push), recipes of models that are not here (test_recipes).
-ELSEWHERE = re.compile(r"quantkit (push|run +recipes/)")
+# Who is elsewhere in the tests: the Hub (test_push), recipes of models that are not here (test_recipes), rates of a
+# machine (test_forecast).
+ELSEWHERE = re.compile(r"quantkit (push|run +recipes/|doctor --calibrate|plan .*--profile)")
 HERE = re.compile(r"^\$ quantkit doctor\n.*?^```", re.MULTILINE | re.DOTALL)  # says what this machine is
 PATTERN = re.compile(r"[\[\]|…]|\.\.\.|SRC|RECIPE|DIR|PART")
 

@@ -18,7 +18,7 @@ from recipe_twins import FOLDER, RECIPES, TWINS, Twin, small, source_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import api
+from quantkit import api, job_memory
 from quantkit.front_matter import validate_front_matter
 from quantkit.recipe import load_recipe
 
@@ -109,8 +109,9 @@ FULL: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def test_memory_document(tmp_path: Path) -> None:
+def test_memory_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/memory.md says what a plan of Mistral-7B says."""
+    monkeypatch.setattr(job_memory, "multiplies_in_bf16", lambda: True)
     _, _, config = FULL["mistral-7b-instruct-v0.2-wanda-2pct"]
     source = full_size(tmp_path / "source", "mistral", config)
     text = tmp_path / "text.txt"
