@@ -47,7 +47,7 @@ from quantkit.restored import open_files, open_source
 from quantkit.runner import Outcome, already_done, execute, help_with
 from quantkit.seal import Seal, seal
 from quantkit.sharing import Part, parse_part
-from quantkit.teamwork import shared_cores, signed
+from quantkit.teamwork import own_share, signed
 from quantkit.verifier import Verification, verify_folder
 
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ def expected_losses(found: Measurement, recipe: Recipe) -> dict[float, float]:
 def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, console: Console = _QUIET) -> Measurement:
     if recipe.mixing is None:
         raise UsageError("only methods that mix bits are measured for", hint="name exl2, gptq or bnb, or none")
-    _check_device(recipe.resources.device)
-    recipe = recipe if team is None else shared_cores(recipe, team)
+    check_device(recipe.resources.device)
+    recipe = recipe if team is None else own_share(recipe, team)
 
     def begin() -> Job:
         folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
@@ -265,7 +265,7 @@ def run_recipe(recipe: Recipe, *, force: bool = False, part: str | None = None, 
     parts, for processes that share the work; `finish` makes a model of the folder when all are done."""
     if not recipe.output:
         raise UsageError("no output folder is named", hint="add -o OUT, or `output:` in the recipe")
-    _check_device(recipe.resources.device)
+    check_device(recipe.resources.device)
     started = time.monotonic()
     share = None if part is None else parse_part(part)
     if share is not None and force:
@@ -293,7 +293,7 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
     out = expand(recipe.output)
     with joined() as team:
         started = time.monotonic()
-        recipe = shared_cores(recipe, team)
+        recipe = own_share(recipe, team)
 
         def begin() -> tuple[Plan, Checkpoint]:
             job, checkpoint = plan_recipe(recipe, data_present=True, force=force, console=console)
@@ -337,7 +337,8 @@ def finish(out: str | Path, *, source: str | None = None, console: Console = _QU
     return replace(finish_parts(job, checkpoint, Path(out), console), seconds=time.monotonic() - started)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """UsageError if torch cannot compute there."""
     if device == "cpu":
         return
     import torch
@@ -346,7 +347,9 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
         raise UsageError(
-            f"no {device} device is usable here", hint="use --device cpu, or cuda with a CUDA build of torch"
+            f"no {device} device is usable here",
+            where="--device",
+            hint="use --device cpu, or cuda with a CUDA build of torch",
         ) from None
 
 
@@ -394,7 +397,7 @@ def evaluate(
 
     def begin() -> tuple[Path, Seal | None, Gates, Subject, Subject | None, bool | None]:
         gates = Gates.parse(max_ppl_increase, max_kl)
-        _check_device(device)
+        check_device(device)
         place, origin = resolve(str(folder), None, quiet=console.quiet)
         sealed = _sealed(folder, place) if record and (team is None or team.leads) else None
         subject = Subject(open_checkpoint(place), origin.name)
@@ -438,7 +441,7 @@ def evaluate_tasks(
     """Scores of lm-evaluation-harness's tasks; see `quantkit.harness`. record: as `evaluate` does."""
     from quantkit.harness import evaluate_tasks as run
 
-    _check_device(device)
+    check_device(device)
     place, origin = resolve(str(folder), None, quiet=console.quiet)
     sealed = _sealed(folder, place) if record else None
     found = run(

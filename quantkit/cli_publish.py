@@ -165,15 +165,21 @@ def doctor(as_json: bool, quiet: bool, calibrate: Path | None, device: str | Non
     FILE, for `quantkit plan --profile`.
     """
     if calibrate is not None:
+        from quantkit.api import check_device
         from quantkit.rates import measure_rates
 
+        check_device(device or "cpu")
         console = Console(json=as_json, quiet=quiet)
         rates = measure_rates(calibrate.absolute().parent, console, device or "cpu")
         rates.save(calibrate)
         console.result(asdict(rates), rates.text())
         return
     if device is not None:
-        raise UsageError("--device goes with --calibrate", hint="quantkit doctor --calibrate FILE --device cuda")
+        raise UsageError(
+            "--device goes with --calibrate",
+            where=f"--device {device}",
+            hint="quantkit doctor --calibrate FILE --device cuda",
+        )
     from quantkit.doctor import diagnose, diagnosis_text
 
     found = diagnose()

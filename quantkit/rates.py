@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.system import cores, page_buffer
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, table
-from quantkit.errors import UsageError
+from quantkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -139,13 +140,14 @@ def read_rates(path: Path) -> Rates:
 
 
 def measure_rates(folder: Path, console: Console, device: str = "cpu") -> Rates:
-    """Of this machine, in a minute or two, with files of a gigabyte in `folder`, which are deleted."""
+    """Of this machine, in a minute or two, with files of a gigabyte in `folder`, which are deleted. OutputError if they
+    cannot be written there."""
     import torch
 
     from quantkit.torch_setup import torch_settings
 
     threads = cores()
-    with tempfile.TemporaryDirectory(prefix="quantkit-rates-", dir=folder) as name:
+    with _in(folder) as name:
         work = Path(name)
         console.note("the disk")
         read, write = _disk(work)
@@ -166,6 +168,18 @@ def measure_rates(folder: Path, console: Console, device: str = "cpu") -> Rates:
         threads=threads, device=name, start_copy=start_copy, start=start, read=read, write=write, sha256=_sha256(),
         encode=encode, solve=every, around=around, attention=attention, hidden=hidden, **passes,
     )  # fmt: skip
+
+
+@contextmanager
+def _in(folder: Path) -> Iterator[str]:
+    try:
+        with tempfile.TemporaryDirectory(prefix="quantkit-rates-", dir=folder) as name:
+            yield name
+    except OSError as e:
+        raise OutputError(
+            f"this machine cannot be measured here: {e.strerror}", where=str(e.filename or folder),
+            hint="name a file in a folder on the disk that jobs write to, with a gigabyte of room",
+        ) from None  # fmt: skip
 
 
 def seconds(work: Callable[[], object], least: float = 0.3) -> float:

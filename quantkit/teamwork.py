@@ -30,8 +30,13 @@ def signed(checkpoint: Checkpoint, tokens: Tokens | None, **more: Any) -> dict[s
     }
 
 
-def shared_cores(recipe: Recipe, team: Team) -> Recipe:
-    """The recipe with as many threads as this machine has for each process of a team."""
+def own_share(recipe: Recipe, team: Team) -> Recipe:
+    """The recipe with as many threads as this machine has for each process of a team. On GPUs, each takes its own."""
+    if recipe.resources.device == "cuda":
+        import torch
+
+        if count := torch.cuda.device_count():
+            torch.cuda.set_device(team.local % count)
     if recipe.resources.threads is not None:
         return recipe
     resources = recipe.resources.model_copy(update={"threads": max(1, cores() // team.here)})

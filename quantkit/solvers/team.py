@@ -35,12 +35,13 @@ PIECE = 16 << 20  # bytes sent at a time
 
 @dataclass(frozen=True)
 class Team:
-    """Process `rank` of `size`, `here` of them on this machine. Methods must be called by all, in the same order;
-    RunError if one of them is gone."""
+    """Process `rank` of `size`, the `local`-th of `here` on this machine. Methods must be called by all, in the same
+    order; RunError if one of them is gone."""
 
     rank: int = 0
     size: int = 1
     here: int = 1
+    local: int = 0
     group: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -175,8 +176,8 @@ def joined() -> Iterator[Team]:
         raise
     rank, size = distributed.get_rank(), distributed.get_world_size()
     try:
-        names = Team(rank, size, 1, group).gather(socket.gethostname())
-        yield Team(rank, size, names.count(names[rank]), group)
+        names = Team(rank, size, group=group).gather(socket.gethostname())
+        yield Team(rank, size, names.count(names[rank]), names[:rank].count(names[rank]), group)
     except QuantkitError as e:
         e.own = not (e.said or isinstance(e, Interrupted))
         raise
