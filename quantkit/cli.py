@@ -201,8 +201,8 @@ def inspect(source: str, revision: str | None, sparsity: bool, as_json: bool, qu
 @_quantize_options
 @_common_options
 @options(
-    click.option("--nodes", type=click.IntRange(1), help="Say what it takes on so many machines."),
-    click.option("--gpus-per-node", type=click.IntRange(0), help="With so many GPUs each.  [default: 0]"),
+    click.option("--nodes", type=click.IntRange(1, 100_000), help="Say what it takes on so many machines."),
+    click.option("--gpus-per-node", type=click.IntRange(0, 64), help="With so many GPUs each.  [default: 0]"),
     click.option("--profile", "rates", type=click.Path(path_type=Path), help="And how long, by `doctor --calibrate`."),
     click.option("--network", help="Bytes a second between machines.  [default: 1.25GB]"),
 )

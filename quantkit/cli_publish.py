@@ -161,13 +161,14 @@ def push(folder: Path, repo_id: str, as_json: bool, quiet: bool, **given: Any) -
 def doctor(as_json: bool, quiet: bool, calibrate: Path | None, device: str | None) -> None:
     """What is installed and what each extra would add, versions that do not go together, and what this machine has.
 
-    --calibrate measures instead, in two minutes, how fast this machine is with files in FILE's folder, and writes it to
-    FILE, for `quantkit plan --profile`.
+    --calibrate measures instead how fast this machine is, in two minutes if nothing else runs, with files in FILE's
+    folder, and writes it to FILE, for `quantkit plan --profile`.
     """
     if calibrate is not None:
         from quantkit.api import check_device
-        from quantkit.rates import measure_rates
+        from quantkit.rates import check_target, measure_rates
 
+        check_target(calibrate)
         check_device(device or "cpu")
         console = Console(json=as_json, quiet=quiet)
         rates = measure_rates(calibrate.absolute().parent, console, device or "cpu")

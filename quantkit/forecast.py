@@ -33,7 +33,8 @@ ENDS = ("o_proj", "out_proj", "wo", "attention.dense", "self_attention.dense", "
 class Forecast:
     """Of each of `nodes` times `ranks` processes (one to a node, or one to a GPU), bytes: of RAM, of its GPU, read from
     the source, and sent to it by others or written by others to files that it reads. scratch: on disk, for all.
-    seconds: of the whole job, by what they are for; empty without a machine's rates. parts: whether they are parts
+    seconds: of the whole job, by what they are for; empty without a machine's rates. measured: whether it is known
+    what linears of mixed bits are worth, which is not in the seconds. parts: whether they are parts
     (--part) and not a team (torchrun)."""
 
     nodes: int
@@ -45,6 +46,7 @@ class Forecast:
     network: int
     scratch: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    measured: bool = True
 
     @property
     def total(self) -> float | None:
@@ -69,6 +71,8 @@ class Forecast:
             dear = sorted(self.seconds.items(), key=lambda item: -item[1])[:4]
             shares = ", ".join(f"{name} {value / self.total:.0%}" for name, value in dear if value / self.total > 0.005)
             found.append(("time", f"about {human_time(self.total)}: {shares}"))
+            if not self.measured:
+                found.append(("not in it", "measuring what linears are worth, which comes first: about two runs more"))
         return found
 
 
@@ -84,7 +88,7 @@ def forecast(plan: Plan, nodes: int, gpus: int, rates: Rates | None, network: fl
     if rates is not None and cuda != (rates.device != "cpu"):
         raise UsageError(
             f"the profile is of {rates.device!r}, the plan for {plan.recipe.resources.device}", where="--profile",
-            hint="make one there: quantkit doctor --calibrate FILE --device cuda",
+            hint="make one there: quantkit doctor --calibrate FILE" + (" --device cuda" if cuda else ""),
         )  # fmt: skip
     memory, ranks = plan.memory, max(gpus, 1)
     count = nodes * ranks
@@ -105,7 +109,8 @@ def forecast(plan: Plan, nodes: int, gpus: int, rates: Rates | None, network: fl
     seconds = {} if rates is None else work.seconds(rates, _threads(plan, rates))
     if seconds and count > 1:
         seconds["network"] = sent / network
-    return Forecast(nodes, ranks, False, ram, gpu, plan.passes * plan.source_bytes, sent, plan.scratch, seconds)
+    read, measured = plan.passes * plan.source_bytes, plan.allocation is None or not plan.allocation.assumed
+    return Forecast(nodes, ranks, False, ram, gpu, read, sent, plan.scratch, seconds, measured)
 
 
 def _threads(plan: Plan, rates: Rates) -> float:

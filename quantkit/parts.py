@@ -29,7 +29,7 @@ from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import SourceFiles, read_json
 from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, write_file
 from quantkit.console import Console
-from quantkit.errors import Interrupted, OutputError, RunError, SourceError, UsageError
+from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
 from quantkit.output import JOB, check_place, is_finished
@@ -98,7 +98,11 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         kept = Kept.read(journal.entries)
         files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
         run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
-        measured = run.run(out)
+        try:
+            measured = run.run(out)
+        except NotFiniteError as e:  # with another recipe, all parts are others
+            hint = f"delete {out}, and begin again: {e.hint}"
+            raise NotFiniteError(e.what, where=e.where, hint=hint) from None
         files.check_unchanged()
         hashed = [{"shard": n, "sha256": d} for n, d in measured.outputs.items() if n not in kept.shards]
         journal.append([*hashed, {"done": True}])
@@ -209,7 +213,7 @@ def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> No
     if known["plan"] != job["plan"]:
         raise OutputError(
             "the output folder holds parts of another plan", where=str(out),
-            hint="use the command that they were made by, or name another -o",
+            hint="use the command that they were made by, and the source as it was then, folder's name included",
         )  # fmt: skip
     if known["parts"] != job["parts"]:
         raise OutputError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.system import cores, page_buffer
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, table
-from quantkit.errors import OutputError, UsageError
+from quantkit.errors import OutputError, SourceError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +37,8 @@ WIDTHS = (640, 1920)  # inputs of the linears that are measured
 LENGTHS = (256, 1024)  # tokens of the rows that a layer is measured with
 HEAD = 64  # numbers in a head
 FORMAT = 1
+SOLVED = ("gptq", "exl2", "sparsegpt", "mask")
+ENCODED = ("nf4", "int8", "rtn", "magnitude", "convert")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Cost:
 
     @classmethod
     def through(cls, points: dict[int, float]) -> Cost:
-        """What gives these seconds at these two n; where one part would be below zero, at the larger n alone."""
+        """What gives these seconds at these two n; or at the larger n alone, where of these less than a tenth would
+        be left for larger ones: that was noise."""
         (n, first), (m, second) = sorted(points.items())
-        once = min(max((first - second) / (1 / n - 1 / m), 0.0), second * m)
+        once = min(max((first - second) / (1 / n - 1 / m), 0.0), 0.9 * second * m)
         return cls(second - once / m, once)
 
 
@@ -119,9 +121,12 @@ def read_rates(path: Path) -> Rates:
     )  # fmt: skip
     if not path.is_file():
         raise wrong
-    found: dict[str, Any] = read_json(path)
+    try:
+        found: dict[str, Any] = read_json(path)
+    except SourceError:
+        raise wrong from None
     names = {field.name for field in fields(Rates)}
-    if found.pop("quantkit-rates", None) != FORMAT or found.keys() != names:
+    if repr(found.pop("quantkit-rates", None)) != repr(FORMAT) or found.keys() != names:
         raise wrong
     try:
         for name in ("linear", "sums", "aim", "factor"):
@@ -132,16 +137,33 @@ def read_rates(path: Path) -> Rates:
         numbers = [x for cost in costs for x in (cost.always, cost.once)]
         speeds = [rates.read, rates.write, rates.sha256, *rates.encode.values(), rates.threads]
         numbers += [rates.start_copy, rates.start, rates.around, rates.attention, rates.hidden]
-        if not all(0 <= x < math.inf for x in numbers) or not all(0 < x < math.inf for x in speeds):
+        if any(type(x) not in (int, float) for x in (*numbers, *speeds)) or type(rates.threads) is not int:
+            raise ValueError
+        if not all(0 <= x < 1e4 for x in numbers) or not all(1 <= x < 1e15 for x in speeds):
+            raise ValueError
+        if rates.solve.keys() != set(SOLVED) or rates.encode.keys() != set(ENCODED):
             raise ValueError
     except (TypeError, ValueError, AttributeError):
         raise wrong from None
     return rates
 
 
+def check_target(path: Path) -> None:
+    """UsageError for a place where no profile can be written, or something else is."""
+    if path.is_file():
+        with suppress(UsageError):
+            read_rates(path)
+            return
+    if path.exists() or path.is_symlink() or not path.name:
+        raise UsageError(
+            "something else is there already", where=str(path) or "--calibrate ''",
+            hint="name a new file, or a profile, which is replaced",
+        )  # fmt: skip
+
+
 def measure_rates(folder: Path, console: Console, device: str = "cpu") -> Rates:
-    """Of this machine, in a minute or two, with files of a gigabyte in `folder`, which are deleted. OutputError if they
-    cannot be written there."""
+    """Of this machine, in two minutes if it does nothing else, with files of a gigabyte in `folder`, which are deleted.
+    OutputError if they cannot be written there."""
     import torch
 
     from quantkit.torch_setup import torch_settings
@@ -203,6 +225,8 @@ def _starts(work: Path, device: str) -> tuple[float, float]:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    from quantkit.solvers.team import VARIABLES
+
     tiny = work / "tiny"
     _model(tiny, 64, 1, torch.randn)
     words = {word: n for n, word in enumerate(["<unk>", *map(str, range(100))])}
@@ -215,7 +239,9 @@ def _starts(work: Path, device: str) -> tuple[float, float]:
 
     def run(*words: str) -> float:
         command = [sys.executable, "-m", "quantkit", "quantize", str(tiny), "-o", str(work / "started"), "--force"]
-        return seconds(lambda: subprocess.run([*command, *words], check=True, capture_output=True), 0)
+        # Not one of a team that this process may be of.
+        alone = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+        return seconds(lambda: subprocess.run([*command, *words], check=True, capture_output=True, env=alone), 0)
 
     along = ("--method", "gptq", "--calib", str(text), "--calib-samples", "1", "--calib-length", "64")
     return run("--bits", "4"), run(*along, "--device", device)
@@ -284,12 +310,13 @@ def _model(folder: Path, width: int, layers: int, random: Callable[..., torch.Te
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width, "intermediate_size": width,
         "num_hidden_layers": layers, "num_attention_heads": width // HEAD, "num_key_value_heads": width // HEAD,
-        "vocab_size": 512, "tie_word_embeddings": True, "dtype": "bfloat16", "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "vocab_size": 512, "tie_word_embeddings": False, "dtype": "bfloat16", "rms_norm_eps": 1e-5, "rope_theta": 1e4,
         "max_position_embeddings": 512,
     }  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = {"model.embed_tokens.weight": random(512, width), "model.norm.weight": random(width)}
+    tensors = {f"{name}.weight": random(512, width) for name in ("model.embed_tokens", "lm_head")}
+    tensors["model.norm.weight"] = random(width)
     for layer in range(layers):
         p = f"model.layers.{layer}."
         for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
