@@ -157,6 +157,7 @@ def test_the_command_on_the_card_makes_it_again(made: tuple[Path, Path], tmp_pat
     assert str(source.parent) not in card
 
 
+@pytest.mark.slow
 def test_interrupted_while_measuring(tmp_path: Path) -> None:
     source = build(tmp_path / "source", num_hidden_layers=4)
     table = recipe(source)

@@ -113,6 +113,7 @@ def test_without_a_text(work: Path) -> None:
     assert "finished already" in stdout
 
 
+@pytest.mark.slow
 def test_eval(work: Path) -> None:
     alone(work, "quantize", "model", "-o", "judged", "--bits", "4", "--quiet")
     words = ["eval", "judged", "--text", "text.txt", "--against", "model", "--windows", "5", "--length", "64"]
