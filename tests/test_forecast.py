@@ -159,10 +159,12 @@ def test_plan_says_it(source: Path, tmp_path: Path) -> None:
     found = json.loads(CliRunner().invoke(cli, [*words, "--json"]).output)["forecast"]
     assert found["nodes"] == 3
     assert found["total_seconds"] == pytest.approx(sum(found["seconds"].values()))
-    assert "seconds" in CliRunner().invoke(cli, ["plan", str(source), "--nodes", "2", "--json"]).output
+    without = json.loads(CliRunner().invoke(cli, ["plan", str(source), "--nodes", "2", "--json"]).output)["forecast"]
+    assert without["seconds"] == {}
+    assert without["total_seconds"] is None
 
 
-def test_rates_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_measured(tmp_path: Path) -> None:
     """Small matrices, but by the functions that a run calls; `make test-slow` measures all of it."""
     device = torch.device("cpu")
     with torch.inference_mode():
@@ -170,8 +172,8 @@ def test_rates_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         around, attention = measured._layer(device)
         hidden = measured._hidden(tmp_path, device)
     assert found.keys() == {"linear", "sums", "aim", "factor", "gptq", "exl2", "sparsegpt", "mask"}
-    assert all(np.isfinite(value) for value in found.values())
-    assert min(found["linear"], found["sums"], found["aim"], found["factor"], around, hidden) > 0
+    assert all(0 < value < np.inf for value in found.values())
+    assert min(around, hidden) > 0
     assert attention >= 0
     assert not list(tmp_path.iterdir())
 
