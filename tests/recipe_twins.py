@@ -37,7 +37,13 @@ TWINS = {
     ),
     "claire-7b-apache-bnb-4bit": Twin("falcon", "quantkit", language="fr", bits=(4.1, 8), heading=FRENCH),
     "claire-mistral-7b-exl2-4.0": Twin(
-        "mistral", "nobody", licence="cc-by-nc-sa-4.0", language="fr", bits=(3.5, 4.0), heading=FRENCH
+        "mistral",
+        "nobody",
+        licence="cc-by-nc-sa-4.0",
+        language="fr",
+        bits=(3.5, 4.0),
+        heading=FRENCH,
+        changes={"max_position_embeddings": 2048},  # room for what the card's code asks for
     ),
     "llama-2-7b-sparsity": Twin("llama", licence="llama2"),
     "llama-3-8b-gptq4": Twin("llama", "nobody", licence="llama3", bits=(4.1, 6)),

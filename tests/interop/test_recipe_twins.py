@@ -39,10 +39,12 @@ def made(name: str, work: Path) -> tuple[Path, Path]:
     return source, out
 
 
-def run(environment: str, script: Path, *arguments: Path) -> None:
+def run(environment: str, script: Path, *arguments: Path) -> str:
+    """What it prints."""
     command = [str(python_of(environment)), *map(str, (script, *arguments))]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def test_nobody_is_left_out() -> None:
@@ -78,8 +80,10 @@ def snippet(out: Path, work: Path) -> Path:
 
 
 def test_exl2(tmp_path: Path) -> None:
+    """The weights of exllamav2 are those that we restore; the card's code, run as it is written on exllamav2 with its
+    kernels on the CPU, writes on, and its model predicts what transformers predicts with these weights."""
     python_of("exllamav2")
-    _, out = made("claire-mistral-7b-exl2-4.0", tmp_path)
+    source, out = made("claire-mistral-7b-exl2-4.0", tmp_path)
     run("exllamav2", READERS / "exllamav2_check.py", out, tmp_path / "found")
     found = load_file(tmp_path / "found.safetensors")
     checkpoint = open_checkpoint(out)
@@ -88,7 +92,11 @@ def test_exl2(tmp_path: Path) -> None:
         assert set(found) == set(restored.packed)
         for name, matrix in found.items():
             assert torch.equal(matrix.float(), restored.read(name)), name
-    run("exllamav2", READERS / "exllamav2_snippet.py", snippet(out, tmp_path))
+    printed = run("exllamav2", READERS / "exllamav2_snippet.py", snippet(out, tmp_path), tmp_path / "logits")
+    assert re.search(r"^The three longest rivers of France are.{20,}", printed, re.DOTALL | re.MULTILINE), printed
+    _, logits = ours(source, out)
+    theirs = np.load(tmp_path / "logits.npy")[:, : logits.shape[-1]]
+    assert np.abs(theirs - logits[0]).max() < 1e-2 * np.abs(logits).max()
 
 
 def test_mistral_layout(tmp_path: Path) -> None:
