@@ -11,7 +11,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	scripts/check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Minutes and gigabytes: the real 135M model against its peers, large files, many kills.
 test-slow: .venv/ready

@@ -2,7 +2,8 @@
 
 `ranks.py --calib valid.txt` quantizes SmolLM2-135M by GPTQ, by torchrun with one rank and with two, and a larger random
 checkpoint (`make_7b.py` makes it; --big names its folder) to NF4, by one part and by two with `finish`. Every process
-has one thread, and is bound to one core; what they write is compared. --runs: of how many the median is taken.
+has one thread, and is bound to one core; what they write is compared. --runs: of how many the median is taken. --shard:
+the largest file that NF4 is written to. --out: where; with --big in memory (/dev/shm), the disk does not count.
 """
 
 from __future__ import annotations
@@ -52,10 +53,13 @@ def gptq(a: argparse.Namespace, out: Path, size: int) -> float:
 
 def nf4(a: argparse.Namespace, out: Path, size: int) -> float:
     words = [*QUANTKIT, "quantize", str(a.big), "-o", str(out), "--bits", "4", "--threads", "1", "--quiet"]
+    words += ["--shard-size", a.shard]
     if size == 1:
         return timed((words, 0))
     parts = timed(*(([*words, "--part", f"{n + 1}/{size}"], n) for n in range(size)))
-    return parts + timed(([*QUANTKIT, "finish", str(out), "--quiet"], 0))
+    finish = timed(([*QUANTKIT, "finish", str(out), "--quiet"], None))
+    print(f"parts {parts:.1f}, finish {finish:.1f}", file=sys.stderr, flush=True)
+    return parts + finish
 
 
 def same(one: Path, other: Path) -> bool:
@@ -66,15 +70,18 @@ def same(one: Path, other: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(".demo/SmolLM2-135M-Instruct"))
-    parser.add_argument("--calib", type=Path, required=True)
+    parser.add_argument("--calib", type=Path)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--big", type=Path)
+    parser.add_argument("--shard", default="5GB")
+    parser.add_argument("--out", type=Path, default=Path.cwd())
+    parser.add_argument("--only", choices=("gptq", "nf4"))
     parser.add_argument("--runs", type=int, default=3)
     a = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="ranks-", dir=Path.cwd()))
+    work = Path(tempfile.mkdtemp(prefix="ranks-", dir=a.out))
     print("| | one, seconds | two | | the same bytes |\n|---|--:|--:|--:|---|", flush=True)
     for name, job in (("gptq", gptq), ("nf4", nf4)):
-        if job is nf4 and a.big is None:
+        if (job is nf4 and a.big is None) or a.only not in (None, name):
             continue
         found: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(a.runs):

@@ -424,7 +424,8 @@ def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, p
         outcome = together
     else:
         outcome = api.run_recipe(recipe, force=force, part=part, console=console)
-    console.result({**asdict(outcome), "out": str(outcome.out)}, outcome_text(outcome, part))
+    of = {} if part is None else {"part": str(part)}
+    console.result({**asdict(outcome), "out": str(outcome.out), **of}, outcome_text(outcome, part))
 
 
 TEAMWORK = {"quantize", "prune", "convert", "run", "measure", "eval"}
@@ -432,8 +433,8 @@ TEAMWORK = {"quantize", "prune", "convert", "run", "measure", "eval"}
 
 def _usage_error(e: click.ClickException) -> UsageError:
     context = getattr(e, "ctx", None)
-    hint = f"see `{context.command_path} --help`" if context is not None else "see `quantkit --help`"
-    return UsageError(e.format_message().rstrip("."), hint=hint)
+    command = context.command_path if context is not None else "quantkit"
+    return UsageError(e.format_message().rstrip("."), where=command, hint=f"see `{command} --help`")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

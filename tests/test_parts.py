@@ -163,6 +163,9 @@ def test_a_part_again(out: Path, source: Path) -> None:
     done = quantize(source, out, "--part", "1/2")
     assert done.returncode == 0
     assert "kept from an earlier run" in done.stdout
+    found = json.loads(quantize(source, out, "--part", "1/2", "--json").stdout)
+    assert found["part"] == "1/2"
+    assert found["reused"] == found["units"]
 
 
 def test_late(out: Path, source: Path, reference: dict[str, str]) -> None:
