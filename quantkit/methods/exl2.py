@@ -31,6 +31,7 @@ READ = frozenset(
     ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3", "gemma3_text", "cohere",
      "cohere2", "granite", "starcoder2")
 )  # fmt: skip
+CENTRED = frozenset(("qwen3", "qwen3_moe"))  # it takes their norms of heads for Cohere's
 
 
 class Exl2(Mixed):
@@ -160,6 +161,11 @@ def _reader_notes(selection: Selection, params: Exl2) -> tuple[str, ...]:
 
 
 def _loader(architecture: str, params: Exl2) -> tuple[str, str]:
+    if architecture in CENTRED:
+        return "exllamav2", (
+            "exllamav2 0.3.2 takes the mean away from each head's query and key before it scales them, which this "
+            "architecture does not: what it predicts is somewhat off, whoever quantized the model"
+        )
     if architecture in READ:
         return "exllamav2", ""
     return "none", "exllamav2, the only program that reads EXL2, does not know the linears of this architecture by name"

@@ -145,7 +145,9 @@ class Attention:
     heads: int
     kv_heads: int
     width: int  # of a head
-    rotated: int  # numbers of a head that rotate
+    q_norm: Tensor | None  # [heads, width]
+    k_norm: Tensor | None
+    centred: bool  # whether the mean of a head is taken away, too
 
 
 def make_q_attn(  # type: ignore[no-untyped-def]
@@ -157,11 +159,13 @@ def make_q_attn(  # type: ignore[no-untyped-def]
     assert has_residual
     assert rope_style == 2, "NeoX: halves of a head"
     assert not residual_fp32
-    assert all(t.is_meta for t in (norm_bias, q_norm, k_norm, post_norm, post_norm_bias))
+    assert all(t.is_meta for t in (norm_bias, post_norm, post_norm_bias))
+    assert rotated == width
     assert norm.dtype == torch.float16
     parts = [HANDLES[h - 1] for h in (q, k, v, o)]
     assert [len(m.weight) for m in parts[:3]] == [hidden] * 3
-    return handle(Attention(norm, epsilon, *parts, heads, kv_heads, width, rotated))
+    own = [None if t.is_meta else t for t in (q_norm, k_norm)]
+    return handle(Attention(norm, epsilon, *parts, heads, kv_heads, width, *own, not headnorm_is_rms))
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -179,13 +183,15 @@ def q_attn_forward_1(  # type: ignore[no-untyped-def]
     assert batch == 1
     assert pasts.is_meta
     assert not loras
-    assert a.rotated == a.width
     assert x.dtype == torch.float16
     y = normed(x[0], a.norm, a.epsilon)
     s, c = sin[0, 0, past : past + length], cos[0, 0, past : past + length]
-    for out, matrix, heads, turns in ((q, a.q, a.heads, True), (k, a.k, a.kv_heads, True), (v, a.v, a.kv_heads, False)):
+    for out, matrix, heads, own in ((q, a.q, a.heads, a.q_norm), (k, a.k, a.kv_heads, a.k_norm)):
         made = matrix.of(y).view(length, heads, a.width)
-        out.copy_((rotate(made, s, c) if turns else made).view(out.shape))
+        if own is not None:
+            made = normed(made.float() - made.float().mean(-1, keepdim=True) if a.centred else made, own, a.epsilon)
+        out.copy_(rotate(made, s, c).view(out.shape))
+    v.copy_(a.v.of(y).view(v.shape))
 
 
 def q_attn_forward_2(attention, x, output, batch, length, loras, loras_temp) -> None:  # type: ignore[no-untyped-def]
