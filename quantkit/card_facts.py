@@ -113,6 +113,7 @@ class CardFacts:
     tensors: int = 0
     decoded: int = 0  # tensors that the parent stores in FP8
     context: int | None = None  # longest sequence in tokens
+    bos: bool = False  # the tokenizer puts a BOS before a text
     calibration: Mapping[str, Any] | None = None  # as in the manifest
     pruning: Pruning | None = None
     allocation: Mapping[str, Any] | None = None  # as in the manifest, of a method that mixes bits

@@ -224,6 +224,8 @@ def plan(
     from quantkit.forecast import NETWORK, forecast
     from quantkit.rates import read_rates
 
+    if network is not None and (nodes or 1) == 1:
+        raise UsageError("--network is between machines, and there is one", hint="say how many: --nodes 8")
     known = None if rates is None else read_rates(rates)
     speed = NETWORK if network is None else _rate(network)
     _print_plan(recipe, console, lambda job: forecast(job, nodes or 1, gpus_per_node or 0, known, speed))
@@ -343,9 +345,15 @@ def finish(folder: Path, source: str | None, as_json: bool, quiet: bool) -> None
 def verify(folder: Path, source: str | None, quick: bool, part: str | None, as_json: bool, quiet: bool) -> None:
     """Prove a written folder; exit code 3 and a list if anything is wrong."""
     from quantkit import api
+    from quantkit.evaluation_record import read_record
+    from quantkit.folder_card import is_written_by_hand
 
     console = Console(json=as_json, quiet=quiet)
     found = api.verify(folder, source=source, quick=quick, part=part, console=console)
+    if not found.problems and is_written_by_hand(folder, read_record(folder)):
+        console.warn(
+            "README.md is not the card that quantkit.json makes; if nobody meant to change it: `quantkit card`"
+        )
     rows = [
         ("files", f"{found.files} {'sizes' if quick else 'checksums'} compared"),
         ("tensors", f"{found.tensors:,} headers compared, {found.quantized:,} quantized"),

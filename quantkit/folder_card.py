@@ -79,7 +79,10 @@ def is_source(folder: Path, parent: Checkpoint) -> bool | None:
 
 def _check_ours(folder: Path) -> None:
     if not (folder / "quantkit.json").is_file():
-        raise UsageError("the folder has no quantkit.json, so quantkit did not write it", where=str(folder))
+        what = "the folder has no quantkit.json, so quantkit did not write it"
+        raise UsageError(
+            what if folder.is_dir() else "there is no such folder", where=str(folder), hint="check the path"
+        )
 
 
 def card_text(folder: Path, record: Record) -> str:

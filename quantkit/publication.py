@@ -101,6 +101,7 @@ def draft_manifest(
             "loader": loader,
             "context": checkpoint.config.get("max_position_embeddings"),
             "chat": _has_chat_template(checkpoint) and plan.layout == "hf",
+            "bos": _texts_begin_with_bos(plan, checkpoint),
             "warnings": list(plan.warnings),
         },
         "parent": {
@@ -378,6 +379,7 @@ def render_from_manifest(
         files=tuple(FileRow(row["name"], row["bytes"], row["sha256"]) for row in manifest["files"]),
         loader=result["loader"],
         chat=result["chat"],
+        bos=result.get("bos", False),
         warnings=tuple(result["warnings"]),
         config=config,
         stripped=tuple(source["removed_from_config"]),
@@ -493,6 +495,12 @@ def _has_chat_template(checkpoint: Checkpoint) -> bool:
         return True
     path = checkpoint.folder / "tokenizer_config.json"
     return path.exists() and b'"chat_template"' in path.read_bytes()
+
+
+def _texts_begin_with_bos(plan: Plan, checkpoint: Checkpoint) -> bool:
+    """Whether the tokenizer puts it before a text, as far as a calibration text has shown."""
+    bos = checkpoint.config.get("bos_token_id")
+    return plan.tokens is not None and type(bos) is int and bool((plan.tokens.ids[:, 0] == bos).all())
 
 
 def _plain(value: Any) -> Any:

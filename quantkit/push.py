@@ -258,8 +258,8 @@ def _branch(api: HfApi, repo_id: str, revision: str) -> None:
 
 
 def _earlier(api: HfApi, repo_id: str, head: str | None, before: Mapping[str, Any], manifest: Path) -> tuple[str, ...]:
-    """Names of files that quantkit made in the repository from the same weights as these. OutputError if it made them
-    from others."""
+    """Names of files that quantkit made in the repository from the same weights as these, in the same way. OutputError
+    if it made them otherwise."""
     if "quantkit.json" not in before:
         return ()
     there = Path(api.hf_hub_download(repo_id, "quantkit.json", revision=head))
@@ -269,12 +269,20 @@ def _earlier(api: HfApi, repo_id: str, head: str | None, before: Mapping[str, An
         names = tuple(str(row["name"]) for row in one["files"])
     except (QuantkitError, KeyError, TypeError):
         sums, names = [set(), {""}], ()
-    if sums[0] != sums[1]:
+    ways = [_way(table) for table in (one, other)]
+    if sums[0] != sums[1] or ways[0] != ways[1]:
+        held = "another model by quantkit" if sums[0] != sums[1] else f"this model as {ways[0]}, not {ways[1]}"
         raise OutputError(
-            "the repository holds another model by quantkit", where=repo_id,
-            hint="name another repository, or make it this model with --replace",
+            f"the repository holds {held}", where=repo_id,
+            hint="name another repository, or make it this one with --replace",
         )  # fmt: skip
     return names
+
+
+def _way(manifest: Mapping[str, Any]) -> str:
+    """How a folder was quantized, as its name would say it: "gptq-4bit"."""
+    method = manifest.get("method")
+    return str(method.get("slug")) if isinstance(method, Mapping) else "another kind of copy"
 
 
 def _foreign(

@@ -91,8 +91,9 @@ def verify_folder(
             raise UsageError(
                 "the folder holds an unfinished run", where=str(folder), hint="run its command again first"
             )
+        what = "the folder has no quantkit.json, so quantkit did not write it"
         raise UsageError(
-            "the folder has no quantkit.json, so quantkit did not write it", where=str(folder), hint="check the path"
+            what if folder.is_dir() else "there is no such folder", where=str(folder), hint="check the path"
         )
     parent = open_source(folder, source) if source is not None else None
     check = _Check(folder, console, part)

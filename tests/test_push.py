@@ -301,6 +301,11 @@ def test_another_model_of_ours_is_not_replaced(hub: Store, folder: Path, tmp_pat
     hub.add(ID, {**hub.files(ID), "quantkit.json": json.dumps(manifest).encode()})
     done = push(hub, folder, "--quiet")
     assert (done.returncode, "holds another model" in done.stderr) == (2, True)
+    manifest = json.loads((folder / "quantkit.json").read_text())
+    manifest["method"] = {**(manifest["method"] or {}), "slug": "exl2-4.0"}
+    hub.add(ID, {**hub.files(ID), "quantkit.json": json.dumps(manifest).encode()})
+    done = push(hub, folder, "--quiet")
+    assert (done.returncode, "holds this model as exl2-4.0, not " in done.stderr) == (2, True)
     pushed(hub, folder, "--replace")
     assert hub.files(ID)["quantkit.json"] == (folder / "quantkit.json").read_bytes()
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.interop
 PYTHON = Path(__file__).parents[2] / ".interop" / "exllamav2" / "bin" / "python"
 SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 ROOM = {"max_position_embeddings": 2048}  # for what a card's code asks for: such a folder's is run
 
 
@@ -38,6 +39,8 @@ def test_it_finds_what_it_looks_for(tmp_path: Path, kind: str, changes: dict[str
         pytest.skip("no environment .interop/exllamav2: `make interop` builds it")
     with quiet_transformers():
         source = build(tmp_path / "source", kind, **changes)
+    if kind == "qwen2":
+        (source / "chat_template.jinja").write_text(TEMPLATE)
     (source / "calib.txt").write_text("some words of text, and more of them. " * 200)
     recipe = {
         "quantize": {"method": "exl2", "bits": 4.5},

@@ -99,7 +99,8 @@ def predicts_the_same(source: Path, out: Path, work: Path) -> bool:
     """Runs the code of an EXL2 folder's card, which writes on. Whether its model predicts what transformers does with
     the weights that we restore."""
     printed = run("exllamav2", READERS / "exllamav2_snippet.py", snippet(out, work), work / "logits")
-    assert re.search(r"^The three longest rivers of France are.{20,}", printed, re.DOTALL | re.MULTILINE), printed
+    said = r"^(The three longest rivers of France are|user: Name three rivers of France\.\nassistant:).{20,}"
+    assert re.search(said, printed, re.DOTALL | re.MULTILINE), printed
     _, logits = ours(source, out)
     theirs = np.load(work / "logits.npy")[:, : logits.shape[-1]]
     return bool(np.abs(theirs - logits[0]).max() < 1e-2 * np.abs(logits).max())
