@@ -253,6 +253,11 @@ def expected_shape(architecture: Architecture, config: Mapping[str, Any], name: 
     return tuple(_value(architecture, config, expression) for expression in shape)
 
 
+def experts_of_a_token(config: Mapping[str, Any]) -> int:
+    """To how many experts a token is sent; 1 where config.json does not say it."""
+    return next((int(config[k]) for k in ("num_experts_per_tok", "moe_topk", "top_k_experts") if config.get(k)), 1)
+
+
 def hidden_width(config: Mapping[str, Any]) -> int:
     """Width of the hidden states between layers. SourceError where config.json does not say it."""
     width = next((config[key] for key in (*_KEYS["H"], "d_model") if type(config.get(key)) is int), None)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from quantkit.architectures import hidden_width
+from quantkit.architectures import experts_of_a_token, hidden_width
 from quantkit.console import human_bytes, human_time
 from quantkit.errors import UsageError
 from quantkit.layer_memory import FLOAT
@@ -247,7 +247,7 @@ def _groups(units: Sequence[Unit], config: Mapping[str, Any], full: bool) -> lis
         if unit.linear.expert:
             key = (unit.linear.layer, unit.linear.kind)
             experts[key] = experts.get(key, 0) + 1
-    chosen = next((int(config[k]) for k in ("num_experts_per_tok", "moe_topk", "top_k_experts") if config.get(k)), 1)
+    chosen = experts_of_a_token(config)
     sets: dict[str, list[Unit]] = {}
     for unit in units:
         assert unit.linear is not None

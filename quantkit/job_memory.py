@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from quantkit.architectures import Linear
 from quantkit.calibration.data import Tokens
 from quantkit.checkpoint.system import cores, multiplies_in_bf16
 from quantkit.checkpoint.views import SourceTensor
-from quantkit.layer_memory import FLOAT, LayerMemory, LayerShape, StreamShape, plan_layers
+from quantkit.layer_memory import FLOAT, ExpertShape, LayerMemory, LayerShape, StreamShape, plan_layers
 from quantkit.layouts import Checkpoint, Target
 from quantkit.memory import MemoryPlan, Work, plan_memory
 from quantkit.plans import Unit
@@ -20,6 +21,7 @@ from quantkit.selection import Chosen
 # Bytes for each weight of a linear that is pruned or encoded whole: its mask, what it becomes, its bits turned, what it
 # is encoded to and decoded from; and while SparseGPT moves weights, four copies of it in float32.
 MADE, PRUNING = 16, 17
+EXPERT = re.compile(r".*?\bexperts\.\d+\.")  # whose weights are one expert's, and come when it is that one's turn
 
 
 def streams_of(recipe: Recipe, tokens: Tokens | None) -> tuple[str, ...]:
@@ -78,7 +80,8 @@ def _stream(
     if recipe.mixing is not None:
         head = width * int(checkpoint.config["vocab_size"]), int(checkpoint.config["vocab_size"])
     used = len(set(tokens.ids.ravel().tolist()))
-    return StreamShape(rows, length, width, used, full, hessian, made, head)
+    sent = architectures.experts_of_a_token(checkpoint.config)
+    return StreamShape(rows, length, width, used, full, hessian, made, head, sent)
 
 
 def _plan_layers(
@@ -115,20 +118,27 @@ def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear], devi
     prefixes: dict[str, int] = {}
     for name, linear in linears.items():
         prefixes.setdefault(name.partition(f".{linear.layer}.")[0] + f".{linear.layer}.", linear.layer)
-    solved: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
-    experts: dict[int, list[tuple[int, int]]] = {layer: [] for layer in prefixes.values()}
-    others = dict.fromkeys(solved, 0)
+    # Of each layer its parts by name: an expert, or "" for what belongs to none.
+    solved: dict[int, dict[str, list[tuple[int, int]]]] = {layer: {"": []} for layer in prefixes.values()}
+    others: dict[int, dict[str, int]] = {layer: {"": 0} for layer in solved}
     for source in sources:
+        found = EXPERT.match(source.name)
+        part = found[0] if found else ""
         if (one := linears.get(source.name)) is not None:
             rows, columns = reversed(source.shape) if one.transposed else source.shape
-            (experts if one.expert else solved)[one.layer].append((rows, columns))
+            solved[one.layer].setdefault(part, []).append((rows, columns))
             continue
         layer = next((n for prefix, n in prefixes.items() if source.name.startswith(prefix)), None)
         if layer is not None:
-            others[layer] += source.numel
+            others[layer][part] = others[layer].get(part, 0) + source.numel
+
+    def experts(layer: int) -> tuple[ExpertShape, ...]:
+        names = [name for name in {**solved[layer], **others[layer]} if name]
+        return tuple(ExpertShape(tuple(solved[layer].get(n, ())), others[layer].get(n, 0)) for n in names)
+
     itemsize = max(s.nbytes // s.numel for s in sources if s.name in linears)
     loaded = max(_loaded(s.dtype, s.nbytes // s.numel, device) for s in sources if s.name in linears)
-    return [LayerShape(tuple(solved[n]), tuple(experts[n]), itemsize, loaded, others[n]) for n in solved]
+    return [LayerShape(tuple(solved[n][""]), experts(n), itemsize, loaded, others[n][""]) for n in solved]
 
 
 def _loaded(dtype: str, itemsize: int, device: str) -> int:

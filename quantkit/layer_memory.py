@@ -24,17 +24,31 @@ TRIAL_ROWS, EXPERT_KINDS = 4, 3
 PART = 12 * FLOAT  # bytes for each weight of these: its error, what is left to round, products, codes
 
 
+Shapes = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One expert: (rows, columns) of its linears to solve, and the number of its other parameters."""
+
+    linears: Shapes
+    others: int
+
+
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer: (rows, columns) of its linears to solve, of those that are experts', the bytes of one of their
-    weights on disk, the most that one takes in memory, as it is on disk and as passes compute with it, and the number
-    of its other parameters."""
+    """One decoder layer: (rows, columns) of its linears to solve, its experts, the bytes of a weight on disk, the most
+    that one takes in memory, as it is on disk and as passes compute with it, and the number of its other parameters."""
 
-    linears: tuple[tuple[int, int], ...]
-    experts: tuple[tuple[int, int], ...]
+    linears: Shapes
+    experts: tuple[ExpertShape, ...]
     itemsize: int
     loaded: int
     others: int
+
+    @property
+    def of_experts(self) -> Shapes:
+        return tuple(shape for expert in self.experts for shape in expert.linears)
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,8 @@ class StreamShape:
     the number of embedding rows in use at the most, and whether the full-precision model is followed; whether Hessians
     are made, or the norms of inputs are enough. made: bytes for each weight of the largest linear, beside what a solver
     of codes takes: masks, a pruned weight, what it is encoded to and decoded from. head: of a run that measures first
-    what linears are worth, numbers in the head's matrix, and in one row of logits."""
+    what linears are worth, numbers in the head's matrix, and in one row of logits.
+    sent: to how many experts a token."""
 
     rows: int
     length: int
@@ -53,6 +68,7 @@ class StreamShape:
     hessian: bool = True
     made: int = 0
     head: tuple[int, int] | None = None
+    sent: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,19 +93,16 @@ def plan_layers(
 ) -> LayerMemory:
     """UsageError if they take more than `limit` bytes."""
     tokens = stream.rows * stream.length
-    everything = [shape for layer in layers for shape in (*layer.linears, *layer.experts)]
+    everything = [shape for layer in layers for shape in (*layer.linears, *layer.of_experts)]
     largest = max(max(shape) for shape in everything)
-    # What linears get, on disk while their layer is under way; for norms, experts' is not kept.
-    kept = [(*layer.linears, *(layer.experts if stream.hessian else ())) for layer in layers]
-    inputs = max(sum({columns for _, columns in shapes}) + 2 * stream.width for shapes in kept)
     solver = max(_solver(layer, columns, stream, threads) for layer in layers for columns in _widths(layer))
     solver += stream.made * max(math.prod(shape) for shape in everything)
     # A row's way through a layer: the residual, the norm's output, what attention and the feed-forward part hold.
     activations = FLOAT * stream.length * (4 * stream.width + 4 * largest)
     base = BASE if device == "cpu" else BASE_GPU
-    streams = 2 if stream.full else 1  # two files of hidden states, and what linears get, for each
-    scratch = FLOAT * tokens * streams * (2 * stream.width + inputs)
-    weights = max(FLOAT * stream.embedding * stream.width, *map(_weights, layers))
+    scratch = FLOAT * tokens * max(_kept(layer, stream) for layer in layers)
+    weights = max(_weights(layer, whole=stream.head is not None) for layer in layers)
+    weights = max(FLOAT * stream.embedding * stream.width, weights)
     gradients = 0
     if stream.head is not None:
         matrix, vocabulary = stream.head
@@ -100,7 +113,7 @@ def plan_layers(
         # Weights of one kind as a trial has them, read from where a layer's lie; hidden states of the model and of one
         # for each kind of linear.
         gradients = max(gradients, *(FLOAT * _one_kind(layer) for layer in layers))
-        scratch += max(FLOAT * _numbers(layer) for layer in layers)
+        scratch += max(FLOAT * _numbers((*layer.linears, *layer.of_experts)) for layer in layers)
         kinds = max(len(layer.linears) + EXPERT_KINDS * bool(layer.experts) for layer in layers)
         scratch += FLOAT * 2 * (kinds + 1) * TRIAL_ROWS * SHORT * stream.width
         scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * stream.width * (len(layers) + 2))
@@ -113,23 +126,43 @@ def plan_layers(
     return memory
 
 
-def _weights(layer: LayerShape) -> int:
-    """Bytes of a layer's parameters."""
-    return FLOAT * layer.others + layer.loaded * _numbers(layer)
+def _kept(layer: LayerShape, stream: StreamShape) -> int:
+    """Numbers for each token on disk while a layer is under way: of each stream two files of hidden states, and what
+    linears get. Of one at a time what experts get and give, and how tokens are sent to them, an index being two
+    numbers; and what the last linear of one expert gets, which may be of all tokens."""
+    streams = 2 if stream.full else 1
+    kept = streams * (4 * stream.width + sum({columns for _, columns in layer.linears}))
+    if layer.experts:
+        kept += 2 * stream.width + 3 * stream.sent
+        if stream.hessian:
+            kept += max((columns for _, columns in layer.of_experts), default=0)
+    return kept
 
 
-def _numbers(layer: LayerShape) -> int:
-    return sum(rows * columns for rows, columns in (*layer.linears, *layer.experts))
+def _weights(layer: LayerShape, *, whole: bool) -> int:
+    """Bytes of a layer's parameters. whole: those of all experts, otherwise of one, and a new weight of it beside."""
+    alone = FLOAT * layer.others + layer.loaded * _numbers(layer.linears)
+    if whole:
+        return alone + FLOAT * sum(x.others for x in layer.experts) + layer.loaded * _numbers(layer.of_experts)
+    return alone + max((_weights_of_one(expert, layer.loaded) for expert in layer.experts), default=0)
+
+
+def _weights_of_one(expert: ExpertShape, loaded: int) -> int:
+    solved = max((math.prod(shape) for shape in expert.linears), default=0)
+    return FLOAT * (expert.others + solved) + loaded * _numbers(expert.linears)
+
+
+def _numbers(shapes: Shapes) -> int:
+    return sum(rows * columns for rows, columns in shapes)
 
 
 def _one_kind(layer: LayerShape) -> int:
     """Weights of the linears of one kind at the most: of all experts, two of their three matrices may be one."""
-    experts = sum(rows * columns for rows, columns in layer.experts)
-    return max([2 * experts // 3, *(rows * columns for rows, columns in layer.linears)])
+    return max([2 * _numbers(layer.of_experts) // 3, *map(math.prod, layer.linears)])
 
 
 def _widths(layer: LayerShape) -> set[int]:
-    return {columns for _, columns in (*layer.linears, *layer.experts)}
+    return {columns for _, columns in (*layer.linears, *layer.of_experts)}
 
 
 def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) -> int:
@@ -138,10 +171,11 @@ def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) 
     The Hessian and its factor, what the linears are aimed at, the codes of the largest. To these comes what threads
     hold of some rows; or, when the factor is gone, the weight restored and packed.
     """
+    tallest = max(rows for rows, c in (*layer.linears, *layer.of_experts) if c == columns)
     if not stream.hessian:
-        return threads * _part(columns, max(rows for rows, c in (*layer.linears, *layer.experts) if c == columns))
+        sums = FLOAT * sum(c for _, c in layer.of_experts)
+        return threads * _part(columns, tallest) + sums
     aimed = sum(rows * c for rows, c in layer.linears if c == columns) if stream.full else 0
-    tallest = max(rows for rows, c in (*layer.linears, *layer.experts) if c == columns)
     matrix, codes = FLOAT * columns * columns, tallest * columns
     at_work = threads * _part(columns, tallest)
     weighed = 0

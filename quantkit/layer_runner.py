@@ -26,7 +26,7 @@ from quantkit.pruning import Prune, in_attention
 if TYPE_CHECKING:
     import torch
 
-    from quantkit.calibration.norms import Norms, NormStream
+    from quantkit.calibration.norms import Every, Norms, NormStream
     from quantkit.calibration.statistics import Statistics
     from quantkit.encoding import Encoding, Made
     from quantkit.solvers.team import Team
@@ -129,9 +129,10 @@ class LayerRun:
         """All layers from the first that is not finished."""
         import torch
 
+        from quantkit.calibration.layers import Linear
         from quantkit.calibration.norms import NormStream
         from quantkit.calibration.skeleton import Skeleton
-        from quantkit.calibration.stream import Linear, Stream
+        from quantkit.calibration.stream import Stream
         from quantkit.calibration.weights import CheckpointWeights
         from quantkit.encoding import Encoding
         from quantkit.torch_setup import fast_dtype, torch_settings
@@ -196,10 +197,13 @@ class LayerRun:
         outliers: list[float] = []
         sizes: list[int] = []
 
-        def look(found: Mapping[str, Norms]) -> None:
-            chosen = [(norms.weight, norms.squares) for name, norms in found.items() if self.units[name].pruned]
-            outliers.append(outlier_part(chosen, prune.outlier) if chosen else 0.0)
-            sizes.append(sum(weight.numel() for weight, _ in chosen))
+        def look(every: Every) -> None:
+            def pruned(visit: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+                every(lambda name, norms: visit(norms.weight, norms.squares) if self.units[name].pruned else None)
+
+            part, size = outlier_part(pruned, prune.outlier)
+            outliers.append(part)
+            sizes.append(size)
 
         stream.begin()
         for index in range(layers):

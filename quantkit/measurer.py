@@ -164,9 +164,9 @@ class _Run:
         import torch
 
         from quantkit.calibration.energies import Energies, read_squares, to_bytes
+        from quantkit.calibration.layers import Linear as Streamed
         from quantkit.calibration.sensitivity import Sensitivity
         from quantkit.calibration.skeleton import Skeleton
-        from quantkit.calibration.stream import Linear as Streamed
         from quantkit.calibration.stream import Stream
         from quantkit.calibration.trials import Trials, kind_of
         from quantkit.calibration.weights import CheckpointWeights

@@ -95,13 +95,16 @@ def experts_class() -> type[nn.Module]:
             total = torch.zeros_like(hidden_states)
             for expert in range(self.count) if self.every else torch.unique(top_k_index).tolist():
                 token, place = torch.where(top_k_index == expert)
-                layers: Any = self.get_submodule(str(expert))
-                x = hidden_states[token]
-                joined = torch.cat([layers[name](x) for name in self.into], dim=-1)
-                result = layers[self.out_of](self.rule._apply_gate(joined))  # type: ignore[operator]
-                result = result * top_k_weights[token, place, None]
+                result = self.one(expert, hidden_states[token]) * top_k_weights[token, place, None]
                 total.index_add_(0, token, result.to(total.dtype))
             return total
+
+        def one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+            """What an expert gives of the tokens sent to it: [tokens, hidden] → the same."""
+            layers: Any = self.get_submodule(str(expert))
+            joined = torch.cat([layers[name](x) for name in self.into], dim=-1)
+            result: torch.Tensor = layers[self.out_of](self.rule._apply_gate(joined))  # type: ignore[operator]
+            return result
 
     return SingleExperts
 

@@ -159,8 +159,13 @@ class Plan:
     @property
     def passes(self) -> int:
         """How often the source is read: to copy and hash it; layer by layer to calibrate, once or twice; and, where
-        what linears lose is still to be measured, for its sum, forward, back, for losses and for trials."""
-        calibrated = 0 if not self.streams else 2 if self.recipe.prune is not None and self.recipe.prune.owl else 1
+        what linears lose is still to be measured, for its sum, forward, back, for losses and for trials. Experts, which
+        are most of their models, come once more for the full-precision stream, for norms, and for OWL's mean and what
+        is above it."""
+        owl = self.recipe.prune is not None and self.recipe.prune.owl
+        calibrated = 0 if not self.streams else 2 if owl else 1
+        if self.streams and any(u.calibrated and u.linear is not None and u.linear.expert for u in self.units):
+            calibrated += (len(self.streams) - 1 if self.recipe.needs == "hessian" else 1) + 2 * owl
         measured = MEASURING if self.allocation is not None and self.allocation.assumed else 0
         return 1 + calibrated + measured
 

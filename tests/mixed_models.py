@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import quantkit
 from quantkit.architectures import find
 from quantkit.architectures import linears as linears_of
+from quantkit.calibration.layers import Linear
 from quantkit.calibration.skeleton import Skeleton
-from quantkit.calibration.stream import Linear
 from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.layouts import open_checkpoint

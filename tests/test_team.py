@@ -71,6 +71,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(("job", "model", "size"), [
     ("gptq", "model", 4), ("wanda", "experts", 2), pytest.param("gptq", "experts", 3, marks=SLOW),
+    pytest.param("owl", "experts", 2, marks=SLOW),
     pytest.param("low", "model", 2, marks=SLOW), pytest.param("owl", "model", 2, marks=SLOW),
     pytest.param("sparsegpt", "model", 3, marks=SLOW),
 ])  # fmt: skip

@@ -42,8 +42,31 @@ class HiddenStates:
                 hint="such a layer cannot be calibrated; leave it alone with --skip, or use --method rtn",
             )
         self._shapes[row] = hidden.shape
+        self._write(hidden, row * self.row_bytes)
+
+    def read(self, row: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """[1, length, width], or in the shape that it was written in."""
+        hidden = torch.empty(self._shapes.get(row, (1, *self.shape[1:])), dtype=self.dtype)
+        self._read(hidden, row * self.row_bytes)
+        return hidden.to(device)
+
+    def write_tokens(self, row: int, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Some tokens of a row, int [n], as hidden [n, width] has them."""
+        for token, one in zip(tokens.tolist(), hidden.to("cpu", self.dtype), strict=True):
+            self._write(one, self._offset(row, token))
+
+    def read_tokens(self, row: int, tokens: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Some tokens of a row, int [n]: [n, width]."""
+        hidden = torch.empty((len(tokens), self.shape[2]), dtype=self.dtype)
+        for token, one in zip(tokens.tolist(), hidden, strict=True):
+            self._read(one, self._offset(row, token))
+        return hidden.to(device)
+
+    def _offset(self, row: int, token: int) -> int:
+        return row * self.row_bytes + token * self.shape[2] * self.dtype.itemsize
+
+    def _write(self, hidden: torch.Tensor, offset: int) -> None:
         view = _bytes(hidden.detach().to("cpu", self.dtype).contiguous())
-        offset = row * self.row_bytes
         try:
             while view:
                 n = os.pwrite(self._fd, view, offset)
@@ -51,17 +74,13 @@ class HiddenStates:
         except OSError as e:
             raise write_error(e, self.path) from None
 
-    def read(self, row: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """[1, length, width], or in the shape that it was written in."""
-        hidden = torch.empty(self._shapes.get(row, (1, *self.shape[1:])), dtype=self.dtype)
+    def _read(self, hidden: torch.Tensor, offset: int) -> None:
         view = _bytes(hidden)
-        offset = row * self.row_bytes
         while view:
             n = os.preadv(self._fd, [view], offset)
             if n == 0:
-                raise EOFError(f"{self.path} ends within row {row}")
+                raise EOFError(f"{self.path} ends before {offset + len(view)}")
             view, offset = view[n:], offset + n
-        return hidden.to(device)
 
     def share(self, team: Team) -> None:
         """What each has written can be read by all. To be called by all."""
@@ -71,6 +90,11 @@ class HiddenStates:
         for shapes in team.gather(self._shapes):
             self._shapes |= shapes
         self._open()
+
+    def clear(self) -> None:
+        """Zeros everywhere, which take no room until they are others."""
+        os.ftruncate(self._fd, 0)
+        os.ftruncate(self._fd, self.nbytes)
 
     def sync(self) -> None:
         """On disk, and as long as if every row had been written."""

@@ -5,16 +5,17 @@ the pass ends, and its input is looked at; when the linear is solved, the layer 
 the next one. So the inputs of every linear are those that the quantized model will give it (true-sequential order),
 whatever a layer looks like, and nothing of a pass stays in memory.
 
-Two things save running most of it again. Where a module gives what its last linear gives (attention, the feed-forward
-part), and that linear's inputs were kept on disk, the module is not run, but its last linear. And experts do not get
-what other experts give: one pass tells what all of them get.
+What saves running most of it again: where a module gives what its last linear gives (attention, the feed-forward
+part), and that linear's inputs were kept on disk, the module is not run, but its last linear. A module of experts is
+seen as a whole: a pass ends at it, and what it gives is found elsewhere, expert by expert.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +25,24 @@ from quantkit.calibration.hidden import HiddenStates
 from quantkit.errors import RunError
 from quantkit.modules import in_64s
 
-Group = tuple[str, ...]  # linears that share their inputs
+Group = tuple[str, ...]  # linears that share their inputs, or the module of a layer's experts
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a module of experts is called with: hidden states [tokens, hidden], and of each token which experts it is
+    sent to, int [tokens, k], and what their results are multiplied with, float [tokens, k]."""
+
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
 
 
 class Stop(BaseException):
-    """Ends a pass at a linear. Not an Exception: no module may catch it."""
+    """Ends a pass at a linear, or at experts. Not an Exception: no module may catch it."""
 
-    def __init__(self, linear: str, x: torch.Tensor) -> None:
-        self.linear, self.x = linear, x
+    def __init__(self, linear: str, x: torch.Tensor, routing: Routing | None = None) -> None:
+        self.linear, self.x, self.routing = linear, x, routing
 
 
 def apply_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -56,17 +67,24 @@ def _nothing(_: str) -> None:
 class Linears:
     """The linears of one layer, taken over: a call of the module asks `answer` for what it gives (without the bias).
 
-    layer: the module they are in. modules: name → module, in memory. `answer(name, x)` may be exchanged at any time;
-    before a module that ends with a linear is run, `skip(name)` is asked for what it gives: None lets it run.
+    layer: the module they are in. modules: name → module, in memory. experts: the same of modules of experts, which ask
+    `route`. `answer(name, x)` and `route(name, routing)` may be exchanged at any time; before a module that ends with a
+    linear is run, `skip(name)` is asked for what it gives: None lets it run.
     """
 
-    def __init__(self, layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self.layer, self.modules = layer, modules
+    def __init__(
+        self, layer: nn.Module, modules: Mapping[str, nn.Module], experts: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        self.layer, self.modules, self.experts = layer, modules, experts or {}
         self.answer: Callable[[str, torch.Tensor], torch.Tensor] = _unanswered
+        self.route: Callable[[str, Routing], torch.Tensor] = _unanswered
         self.skip: Callable[[str], torch.Tensor | None] = _nothing
         self.ends: dict[str, nn.Module] = {}
+        self.routings: dict[str, Routing] = {}  # of `experts`, on the meta device, for the row that `groups` looked at
         for name, module in modules.items():
             module.forward = self._forward(name, module)
+        for name, module in self.experts.items():
+            module.forward = self._routed(name)
 
     def _forward(self, name: str, module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -75,21 +93,39 @@ class Linears:
 
         return forward
 
+    def _routed(self, name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        def forward(
+            hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            return self.route(name, Routing(hidden_states, top_k_index, top_k_weights))
+
+        return forward
+
     def release(self) -> None:
         """Gives the modules their own forward back, and lets go of what answered."""
-        self.answer, self.skip = _unanswered, _nothing
-        for module in (*self.modules.values(), *self.ends.values()):
-            del module.forward
+        self.answer, self.route, self.skip = _unanswered, _unanswered, _nothing
+        for module in (*self.modules.values(), *self.experts.values(), *self.ends.values()):
+            vars(module).pop("forward", None)
         self.ends = {}
 
     def groups(self, run: Callable[[], object], weights: Mapping[str, torch.Tensor]) -> list[Group]:
-        """The linears by shared input, in the order in which `run()` first calls one of each group. Finds what ends
-        with a linear, too. RunError for a linear that is called twice."""
-        seen: list[tuple[weakref.ref[torch.Tensor], list[str]]] = []
+        """The linears by shared input, and experts, in the order in which `run()` first calls one of each group. Finds
+        what ends with a linear, too. RunError for a linear that is called twice."""
+        seen: list[tuple[Callable[[], torch.Tensor | None], list[str]]] = []
 
-        def note(name: str, x: torch.Tensor) -> torch.Tensor:
+        def once(name: str) -> None:
             if any(name in names for _, names in seen):
                 raise irregular(f"{name} is called more than once for a text")
+
+        def route(name: str, routing: Routing) -> torch.Tensor:
+            once(name)
+            seen.append((lambda: None, [name]))
+            shapes = (routing.hidden, routing.index, routing.weights)
+            self.routings[name] = Routing(*(torch.empty_like(tensor, device="meta") for tensor in shapes))
+            return routing.hidden.clone()  # numbers, so that it can be seen where they are added to something
+
+        def note(name: str, x: torch.Tensor) -> torch.Tensor:
+            once(name)
             group = next((names for tensor, names in seen if tensor() is x), None)
             if group is None:
                 seen.append((weakref.ref(x), [name]))
@@ -97,21 +133,22 @@ class Linears:
                 group.append(name)
             return apply_linear(x, weights[name])
 
-        self.answer = note
+        self.answer, self.route = note, route
         self._find_ends(run)
         return [tuple(names) for _, names in seen]
 
     def _find_ends(self, run: Callable[[], object]) -> None:
         """Runs the layer; notes the outermost module that gives the very tensor that its last linear gives, with
         nothing added to it in place."""
-        names = {module: name for name, module in self.modules.items()}
+        names = {module: name for name, module in (*self.modules.items(), *self.experts.items())}
         inside = {m: {names[x] for x in m.modules() if x in names} for m in self.layer.modules()}
-        given: dict[str, tuple[weakref.ref[torch.Tensor], float]] = {}  # in the order of calls
+        given: dict[str, tuple[Callable[[], torch.Tensor | None], float]] = {}  # in the order of calls
         ends: dict[str, tuple[nn.Module, list[bool] | None]] = {}
 
         def look(module: nn.Module, _args: object, output: Any) -> None:
             if module in names:
-                given[names[module]] = weakref.ref(output), _fingerprint(output)
+                alone = names[module] in self.modules  # what experts give, no linear does
+                given[names[module]] = weakref.ref(output) if alone else lambda: None, _fingerprint(output)
                 return
             last = next((name for name in reversed(given) if name in inside[module]), None)
             several = type(output) is tuple
@@ -147,27 +184,16 @@ def _fingerprint(tensor: torch.Tensor) -> float:
     return float(some @ torch.arange(1, some.numel() + 1, dtype=torch.float64, device=some.device))
 
 
-def in_stages(groups: Sequence[Group], experts: frozenset[str]) -> list[list[Group]]:
-    """Groups whose inputs one pass can tell, in the order of their first: those of the experts of one module that come
-    first in their expert, those that come second, …; every other group is a stage of its own."""
-    stages: dict[tuple[str, int], list[Group]] = {}
-    rank: dict[str, int] = {}
-    for number, group in enumerate(groups):
-        expert = group[0].rpartition(".")[0]
-        rank[expert] = rank.get(expert, -1) + 1
-        key = (expert.rpartition(".")[0], rank[expert]) if group[0] in experts else ("", -1 - number)
-        stages.setdefault(key, []).append(group)
-    return list(stages.values())
-
-
 class Passes:
-    """All rows' way through a layer. `begin(row)` runs it and returns what leaves it; `weights`: of the linears that
-    were solved; `inputs`: what they get, for those that a module ends with."""
+    """All rows' way through a layer, or through an expert. `begin(row)` runs it and returns what leaves it; `weights`:
+    of the linears that were solved; `inputs`: what they get, for those that a module ends with; `totals`: what modules
+    of experts give of a row."""
 
     def __init__(self, linears: Linears, begin: Callable[[int], torch.Tensor]) -> None:
         self.linears, self.begin = linears, begin
         self.weights: dict[str, torch.Tensor] = {}
         self.inputs: dict[str, HiddenStates] = {}
+        self.totals: dict[str, Callable[[int], torch.Tensor]] = {}
         self._row = 0
 
     def stop(self, row: int, linear: str) -> torch.Tensor:
@@ -182,40 +208,61 @@ class Passes:
     def watch(
         self, row: int, wanted: Mapping[str, Callable[[torch.Tensor], None]], old: Mapping[str, torch.Tensor]
     ) -> None:
-        """Hands what linears without a new weight are called with to `wanted`, by name, and goes on with their old
-        ones, up to the last of them."""
-        missing = dict(wanted)
-
-        def answer(name: str, x: torch.Tensor) -> torch.Tensor:
-            if name in self.weights:
-                return self._answer(name, x)
-            if name in missing:
-                missing.pop(name)(x)
-                if not missing:
-                    raise Stop(name, x)
-            return apply_linear(x, old[name])
-
+        """Hands what linears are called with to `wanted`, by name, and goes on, with the old weights of those that have
+        no new one, up to the last of them."""
         with suppress(Stop):
-            self._run(row, answer)
-        self._all_called(missing)
+            self._watch(row, wanted, old, to_the_end=False)
 
-    def collect(
-        self, row: int, wanted: Mapping[str, Callable[[torch.Tensor], None]], outputs: Mapping[str, int]
-    ) -> None:
-        """Hands what experts' linears are called with to `wanted`, by name. `outputs`: how many numbers each of the
-        experts' linears that are not solved gives a token: zeros here, as no other expert gets them."""
+    def through(
+        self, row: int, wanted: Mapping[str, Callable[[torch.Tensor], None]], old: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The same, all the way. Returns what leaves the layer."""
+        try:
+            return self._watch(row, wanted, old, to_the_end=True)
+        except Stop as stop:
+            raise irregular(f"{stop.linear} is called for some texts only") from None
+
+    def routing(
+        self,
+        row: int,
+        experts: str,
+        wanted: Mapping[str, Callable[[torch.Tensor], None]] | None = None,
+        old: Mapping[str, torch.Tensor] | None = None,
+    ) -> Routing:
+        """What `experts`, the next of whose results nothing is known, are called with. The rest as for `watch`."""
+        try:
+            self._watch(row, wanted or {}, old or {}, to_the_end=True)
+        except Stop as stop:
+            if stop.linear == experts and stop.routing is not None:
+                return stop.routing
+        raise irregular(f"{experts} is not called, or later than for another text")
+
+    def _watch(
+        self,
+        row: int,
+        wanted: Mapping[str, Callable[[torch.Tensor], None]],
+        old: Mapping[str, torch.Tensor],
+        *,
+        to_the_end: bool,
+    ) -> torch.Tensor:
         missing = dict(wanted)
 
         def answer(name: str, x: torch.Tensor) -> torch.Tensor:
-            if name in self.weights or name not in outputs:
-                return self._answer(name, x)
             if name in missing:
                 missing.pop(name)(x)
-            return x.new_zeros((*x.shape[:-1], outputs[name]))
+                if not missing and not to_the_end:
+                    raise Stop(name, x)
+            if name in old and name not in self.weights:
+                return apply_linear(x, old[name])
+            return self._answer(name, x)
 
-        with suppress(Stop):  # at something behind the experts
-            self._run(row, answer)
+        try:
+            found = self._run(row, answer)
+        except Stop:
+            self._all_called(missing)
+            raise
         self._all_called(missing)
+        return found
 
     def _all_called(self, missing: Mapping[str, object]) -> None:
         if missing:
@@ -242,16 +289,22 @@ class Passes:
 
     def _run(self, row: int, answer: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         self._row = row
-        self.linears.answer, self.linears.skip = answer, self._skip
+        linears = self.linears
+        linears.answer, linears.route, linears.skip = answer, self._route, self._skip
         try:
             return self.begin(row)
         finally:
-            self.linears.answer, self.linears.skip = _unanswered, _nothing
+            linears.answer, linears.route, linears.skip = _unanswered, _unanswered, _nothing
 
     def _answer(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if name not in self.weights:
             raise Stop(name, x)
         return apply_linear(x, self.weights[name])
+
+    def _route(self, name: str, routing: Routing) -> torch.Tensor:
+        if name not in self.totals:
+            raise Stop(name, routing.hidden, routing)
+        return self.totals[name](self._row)
 
     def _skip(self, name: str) -> torch.Tensor | None:
         weight = self.weights.get(name)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.layers import Layer, Linear, hidden_width, loaded
 from quantkit.calibration.rows import apply_linear
 from quantkit.calibration.skeleton import Call, Skeleton, Weights
-from quantkit.calibration.stream import Layer, Linear, hidden_width, loaded
 
 SEED = 20240229  # of the tokens that are drawn
 TOKENS = 64  # whose logits are there at a time

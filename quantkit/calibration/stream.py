@@ -3,24 +3,26 @@
 Two models are followed: the quantized one, whose inputs the linears are fitted to, and, where asked for, the
 full-precision one, whose outputs they should give. Between layers both are hidden states on disk.
 
-    for each layer: its weights in
+    for each layer: its weights in, but for those of experts
         for each group of linears with one input: statistics over all rows → solve → go on with the new weights
+            for each expert, where experts are called: its weights in; the same with its groups
         hidden states out, to the other one of two files; the layer is done when they are synced
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from quantkit.calibration.experts import Routed, old_sums, through_expert
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.rows import Group, Linears, Passes, apply_linear, in_stages
-from quantkit.calibration.skeleton import Call, Place, Skeleton, Weights
+from quantkit.calibration.layers import Experts, Layer, Linear, Source, hidden_width, loaded_but_experts
+from quantkit.calibration.rows import Group, Passes, Routing
+from quantkit.calibration.skeleton import Call, Skeleton, Weights
 from quantkit.calibration.statistics import Row, Statistics
 from quantkit.errors import RunError
 from quantkit.solvers.team import ALONE, Team
@@ -31,30 +33,6 @@ EXCLUDED = 0.1  # of the rows may be left out for what is not finite; more is a 
 
 Solve = Callable[[Group, Statistics], Mapping[str, torch.Tensor]]
 Watch = Callable[[Group, int, torch.Tensor], None]  # a group, a row, and what the group gets of it [tokens, in]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear to solve: where its weight belongs, whether it lies on disk [in, out], whether it is one of a layer's
-    experts. Tokens are routed otherwise in the two streams, so an expert's outputs there cannot be compared."""
-
-    place: Place
-    transposed: bool
-    expert: bool
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer's linears, and the weights of those not yet solved, [out, in]: as they are on disk, and as passes compute
-    with them. The other parameters are in their modules."""
-
-    linears: Linears
-    weights: dict[str, torch.Tensor]
-    ready: dict[str, torch.Tensor]
-
-    def drop(self, group: Sequence[str]) -> None:
-        for name in group:
-            del self.weights[name], self.ready[name]
 
 
 class Stream:
@@ -112,41 +90,105 @@ class Stream:
     def layer(self, index: int, solve: Solve) -> None:
         """Takes all rows through one layer. `solve` gets each group's statistics, and returns the weights to go on
         with."""
-        experts = frozenset(name for name, linear in self.linears[index].items() if linear.expert)
         with self._loaded(index) as layer, ExitStack() as files:
             groups = layer.linears.groups(lambda: self._run(index, "quantized", self.rows[0]), layer.ready)
             targets = self._follow_full(index, layer, groups, files) if self.full else {}
             passes = Passes(layer.linears, lambda row: self._run(index, "quantized", row))
-            for number, stage in enumerate(in_stages(groups, experts)):
-                inputs = self._file(f"input-{index}-{number}", layer.weights[stage[0][0]].shape[1], files, len(stage))
-                if len(stage) > 1:
-                    self._collect(stage, passes, layer, inputs, experts)
-                new: dict[str, torch.Tensor] = {}
-                for place, group in enumerate(stage):
-                    target = targets.pop(group, None)
-                    found = self._look(index, group, passes, layer, inputs, target, place if len(stage) > 1 else None)
-                    if passes.keeps(group):
-                        passes.keep(group, inputs)
-                    new |= {n: w.to(self.skeleton.device, self.compute) for n, w in solve(group, found).items()}
-                    del found
-                    layer.drop(group)
-                    if target is not None:
-                        self.team.meet()
-                        target.remove()
-                passes.weights |= new
-                if not any(map(passes.keeps, stage)):
-                    self.team.meet()
-                    inputs.remove()
-            for name in list(layer.weights):  # nothing calls it: nothing is known of its inputs
-                columns = layer.weights[name].shape[1]
-                nothing = torch.zeros((), device=self.skeleton.device).expand(columns, columns)
-                solve((name,), Statistics({name: layer.weights[name]}, {}, nothing))
-                layer.drop((name,))
+            for number, group in enumerate(groups):
+                if group[0] in layer.experts:
+                    name = f"{index}-{number}"
+                    self._solve_experts(index, name, layer.experts[group[0]], layer, passes, files, solve)
+                    continue
+                inputs = self._file(f"input-{index}-{number}", layer.weights[group[0]].shape[1], files)
+                self._solve_group(index, group, layer, passes, inputs, solve, targets.pop(group, None))
+            for experts in (own for name, own in layer.experts.items() if (name,) not in groups):
+                for expert in range(experts.count):
+                    with experts.read(expert) as one:
+                        self._solve_unseen(one, solve)
+            self._solve_unseen(layer, solve)
             out = self.states["quantized"][(index + 1) % 2]
             for row in self.mine:
                 out.write(row, passes.finish(row))
             out.sync()
             out.share(self.team)
+
+    def _solve_group(
+        self,
+        index: int,
+        group: Group,
+        layer: Layer,
+        passes: Passes,
+        inputs: HiddenStates,
+        solve: Solve,
+        target: HiddenStates | None = None,
+        known: Callable[[int], torch.Tensor] | None = None,
+    ) -> None:
+        """inputs: room for what the group gets. known: what it gets of a row, if that is on disk already."""
+        found = self._look(index, group, layer, passes, inputs, target, known)
+        if known is None and passes.keeps(group):
+            passes.keep(group, inputs)
+        passes.weights |= {n: w.to(self.skeleton.device, self.compute) for n, w in solve(group, found).items()}
+        del found
+        layer.drop(group)
+        if target is not None:
+            self.team.meet()
+            target.remove()
+        if inputs not in passes.inputs.values():
+            self.team.meet()
+            inputs.remove()
+
+    def _solve_unseen(self, layer: Layer, solve: Solve) -> None:
+        """Linears that nothing calls: nothing is known of their inputs."""
+        for name in list(layer.weights):
+            columns = layer.weights[name].shape[1]
+            nothing = torch.zeros((), device=self.skeleton.device).expand(columns, columns)
+            solve((name,), Statistics({name: layer.weights[name]}, {}, nothing))
+            layer.drop((name,))
+
+    def _solve_experts(
+        self, index: int, name: str, experts: Experts, layer: Layer, passes: Passes, files: ExitStack, solve: Solve
+    ) -> None:
+        """Rows that are found to be broken at one expert are left out at all later ones, and of what the experts' last
+        linears get from the first expert on."""
+        routed = self._routed(f"input-{name}", layer.linears.routings[experts.name], files)
+        broken: set[int] = set()
+        looked_at = torch.tensor(experts.looked_at(), dtype=torch.long, device=self.skeleton.device)
+        for row in self.mine:
+            routing = passes.routing(row, experts.name)
+            routed.write(row, routing)
+            seen = torch.isin(routing.index, looked_at).any(1)
+            if not _finite(routing.hidden[seen].to(self.compute)):
+                broken.add(row)
+        routed.share()
+        excluded = [set(self.excluded), self.excluded.union(*self.team.gather(broken))]
+        for expert in range(experts.count):
+            self._solve_expert(index, f"input-{name}-{expert}", experts, expert, routed, excluded, solve)
+        self.excluded |= excluded[0]
+        passes.totals[experts.name] = routed.total
+
+    def _solve_expert(
+        self,
+        index: int,
+        name: str,
+        experts: Experts,
+        expert: int,
+        routed: Routed,
+        excluded: Sequence[set[int]],
+        solve: Solve,
+    ) -> None:
+        """One expert, and what it gives of all rows. excluded: rows left out at its first linears, and at others."""
+        with experts.read(expert) as layer, ExitStack() as files:
+            passes = through_expert(experts, expert, layer, routed)
+            for place, group in enumerate(experts.groups(expert)):
+                self.excluded = excluded[place]
+                inputs = self._file(f"{name}-{place}", layer.weights[group[0]].shape[1], files)
+                first = group != (experts.last(expert),)
+                known = partial(routed.inputs, expert=expert) if first else None
+                self._solve_group(index, group, layer, passes, inputs, solve, known=known)
+            self.excluded = excluded[1]
+            for row in self.mine:
+                routed.add(row, expert, passes.finish(row))
+            self.team.meet()
 
     @torch.inference_mode()
     def head(self, name: str, linear: Linear, solve: Solve) -> None:
@@ -166,27 +208,16 @@ class Stream:
         found.finish_sums()
         solve((name,), found)
 
-    def _file(self, name: str, width: int, files: ExitStack, times: int = 1) -> HiddenStates:
-        """Room for what linears get of all rows, `times` times; gone with `files`."""
+    def _file(self, name: str, width: int, files: ExitStack) -> HiddenStates:
+        """Room for what linears get of all rows; gone with `files`."""
         rows, length = self.ids.shape
-        states = HiddenStates(self.folder / name, times * rows, length, width, self.compute)
+        states = HiddenStates(self.folder / name, rows, length, width, self.compute)
         files.callback(states.remove)
         return states
 
-    def _collect(
-        self,
-        stage: Sequence[Group],
-        passes: Passes,
-        layer: Layer,
-        inputs: HiddenStates,
-        experts: frozenset[str],
-    ) -> None:
-        """Writes what experts get, one group of linears after the other."""
-        outputs = {name: len(weight) for name, weight in layer.weights.items() if name in experts}
-        for row in self.mine:
-            wanted = {group[0]: partial(inputs.write, place * len(self.ids) + row) for place, group in enumerate(stage)}
-            passes.collect(row, wanted, outputs)
-        inputs.share(self.team)
+    def _routed(self, name: str, like: Routing, files: ExitStack) -> Routed:
+        rows, length = self.ids.shape
+        return Routed(self.folder / name, (rows, length), like, files, self.skeleton.device, self.team)
 
     def _run(self, index: int, stream: str, row: int) -> torch.Tensor:
         before = self.states[stream][index % 2].read(row, self.skeleton.device)
@@ -199,19 +230,28 @@ class Stream:
         inputs = {
             group: self._file(f"target-{index}-{number}", layer.weights[group[0]].shape[1], files)
             for number, group in enumerate(groups)
-            if not self.linears[index][group[0]].expert
+            if group[0] not in layer.experts and not self.linears[index][group[0]].expert
         }
-        first = {group[0]: states for group, states in inputs.items()}
+        passes = Passes(layer.linears, lambda row: self._run(index, "full", row))
         out = self.states["full"][(index + 1) % 2]
-        for r in self.mine:
+        with ExitStack() as beside:
+            for number, (before, name) in enumerate(at_experts(groups, layer)):
 
-            def answer(name: str, x: torch.Tensor, row: int = r) -> torch.Tensor:
-                if name in first:
-                    first[name].write(row, x)
-                return apply_linear(x, layer.ready[name])
+                def wanted(row: int, before: Sequence[Group] = before) -> dict[str, Callable[[torch.Tensor], None]]:
+                    return {g[0]: partial(inputs[g].write, row) for g in before if g in inputs}
 
-            layer.linears.answer = answer
-            out.write(r, self._run(index, "full", r))
+                if name is None:
+                    for row in self.mine:
+                        out.write(row, passes.through(row, wanted(row), layer.ready))
+                    continue
+                routed = self._routed(f"target-{index}-{number}", layer.linears.routings[name], beside)
+                for row in self.mine:
+                    routed.write(row, passes.routing(row, name, wanted(row), layer.ready))
+                passes.totals[name] = old_sums(layer.experts[name], routed, self.mine)
+                for group in inputs.keys() & before:
+                    if passes.keeps(group):
+                        passes.keep(group, inputs[group])
+                        passes.weights |= {linear: layer.ready[linear] for linear in group}
         out.sync()
         for states in (out, *inputs.values()):
             states.share(self.team)
@@ -221,15 +261,15 @@ class Stream:
         self,
         index: int,
         group: Group,
-        passes: Passes,
         layer: Layer,
+        passes: Passes,
         inputs: HiddenStates,
         target: HiddenStates | None,
-        place: int | None,
+        known: Callable[[int], torch.Tensor] | None,
     ) -> Statistics:
-        """Statistics of one group over all rows, of inputs that are in a file, as the `place`-th of those there, or, if
-        that is None, are to be seen in passes, and written where they are needed again, or others of a team need them.
-        Rows with a value that is not finite are left out from here on."""
+        """Statistics of one group over all rows, of inputs that are known, or, if `known` is None, are to be seen in
+        passes, and written where they are needed again, or others of a team need them. Rows with a value that is not
+        finite are left out from here on."""
         columns, device = inputs.shape[2], self.skeleton.device
         weights = {name: layer.weights[name] for name in group}
         ready = {name: layer.ready[name] for name in group}
@@ -237,7 +277,6 @@ class Stream:
         if target is not None:
             found.aim()
         held_out = self.held_out if target is not None else frozenset()
-        first = (place or 0) * len(self.ids)
 
         def wanted(row: int) -> torch.Tensor | None:
             return None if target is None else target.read(row, device).reshape(-1, columns)
@@ -245,7 +284,7 @@ class Stream:
         def apart() -> Iterator[Row]:
             for row in self.rows:
                 if row in held_out:
-                    yield inputs.read(first + row, device).reshape(-1, columns), wanted(row)
+                    yield inputs.read(row, device).reshape(-1, columns), wanted(row)
 
         def look(row: int) -> torch.Tensor:
             x = passes.stop(row, group[0]).to(self.compute)
@@ -254,11 +293,11 @@ class Stream:
             return x
 
         def seen(row: int) -> torch.Tensor:
-            if place is not None or not self.team.alone:
-                return inputs.read(first + row, device)
-            return look(row)
+            if known is not None:
+                return known(row).to(self.compute)
+            return look(row) if self.team.alone else inputs.read(row, device)
 
-        if place is None and not self.team.alone:
+        if known is None and not self.team.alone:
             for row in self.mine:
                 look(row)
             inputs.share(self.team)
@@ -291,7 +330,7 @@ class Stream:
             )
 
     def _loaded(self, index: int) -> AbstractContextManager[Layer]:
-        return loaded(self.skeleton, self.weights, index, self.linears[index], self.compute)
+        return loaded_but_experts(Source(self.skeleton, self.weights, self.compute), index, self.linears[index])
 
     def close(self) -> None:
         for states in self.states.values():
@@ -299,33 +338,18 @@ class Stream:
                 state.close()
 
 
-@contextmanager
-def loaded(
-    skeleton: Skeleton, source: Weights, index: int, wanted: Mapping[str, Linear], compute: torch.dtype
-) -> Iterator[Layer]:
-    """A layer with its parameters in memory; `wanted` are its linears, taken over by `Layer.linears`."""
-    places = {linear.place for linear in wanted.values()}
-    others = [p for p in skeleton.inside[index] if p not in places]
-    skeleton.fill(others, source)
-    weights: dict[str, torch.Tensor] = {}
-    for name, linear in wanted.items():
-        value = source.read(linear.place.name).to(skeleton.device)
-        value = value.T.contiguous() if linear.transposed else value
-        weights[name] = value.float() if compute == torch.float32 else value
-    ready = {name: weight.to(compute) for name, weight in weights.items()}
-    modules = {name: skeleton.model.get_submodule(x.place.module) for name, x in wanted.items()}
-    linears = Linears(skeleton.layers[index], modules)
-    try:
-        yield Layer(linears, weights, ready)
-    finally:
-        linears.release()
-        skeleton.clear(others)
-
-
-def hidden_width(skeleton: Skeleton) -> int:
-    """Width of the hidden states between layers."""
-    config = skeleton.model.config
-    return int(getattr(config, "hidden_size", None) or config.n_embd)
+def at_experts(groups: Sequence[Group], layer: Layer) -> list[tuple[list[Group], str | None]]:
+    """Groups in their order, in runs that end where experts are called, with the experts' name; the last run may be
+    empty, and has none."""
+    runs: list[tuple[list[Group], str | None]] = []
+    before: list[Group] = []
+    for group in groups:
+        if group[0] in layer.experts:
+            runs.append((before, group[0]))
+            before = []
+        else:
+            before.append(group)
+    return [*runs, (before, None)]
 
 
 def _finite(x: torch.Tensor) -> bool:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.layers import Linear, hidden_width, loaded
 from quantkit.calibration.rows import apply_linear
 from quantkit.calibration.skeleton import Call, Skeleton, Weights
-from quantkit.calibration.stream import Linear, hidden_width, loaded
 
 EVERY = 4  # of the tokens, one in so many is predicted
 TOKENS = 16  # whose logits are there at a time, of two models

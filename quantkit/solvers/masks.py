@@ -64,24 +64,32 @@ def magnitude(weight: Tensor, amount: Amount, *, per_row: bool = False) -> Tenso
     return keep
 
 
-def outlier_part(weights: Sequence[tuple[Tensor, Tensor]], times: float) -> float:
+def outlier_part(weights: Callable[[Callable[[Tensor, Tensor], None]], None], times: float) -> tuple[float, int]:
     """The part of a layer's weights whose score |w|·‖x‖ is more than so many times the mean of the layer's scores (OWL,
-    Yin et al. 2023). weights: of each linear the weight [rows, columns] and Σ x² float32 [columns] of its inputs."""
-    sizes = sum(weight.numel() for weight, _ in weights)
+    Yin et al. 2023), and how many they are. weights: hands over of each linear the weight [rows, columns] and
+    Σ x² float32 [columns] of its inputs, one after the other, each time that it is called."""
 
-    def each(look: Callable[[Tensor], Tensor]) -> float:
-        found = 0.0
-        for weight, squares in weights:
+    def each(look: Callable[[Tensor], Tensor]) -> tuple[float, int]:
+        found, size = 0.0, 0
+
+        def add(weight: Tensor, squares: Tensor) -> None:
+            nonlocal found, size
             norms = squares.sqrt()
 
-            def one(rows: slice, weight: Tensor = weight, norms: Tensor = norms) -> float:
+            def one(rows: slice) -> float:
                 return float(look(weight[rows].abs().float() * norms))
 
             found += sum(in_threads(one, parts(weight.shape[0], weight.device, weight.shape[1]), weight.device))
-        return found
+            size += weight.numel()
 
-    mean = each(lambda scores: scores.sum(dtype=torch.float64)) / sizes
-    return each(lambda scores: (scores > times * mean).sum()) / sizes
+        weights(add)
+        return found, size
+
+    total, size = each(lambda scores: scores.sum(dtype=torch.float64))
+    if not size:
+        return 0.0, 0
+    mean = total / size
+    return each(lambda scores: (scores > times * mean).sum())[0] / size, size
 
 
 def by_outliers(outliers: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:

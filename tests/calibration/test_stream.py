@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.layers import Linear
 from quantkit.calibration.rows import Linears, Passes
 from quantkit.calibration.skeleton import Skeleton
 from quantkit.calibration.statistics import Statistics
-from quantkit.calibration.stream import HELD_OUT, Linear, Stream
+from quantkit.calibration.stream import HELD_OUT, Stream
 from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.derived_architecture import plain_config
@@ -185,9 +186,7 @@ def test_infinities_in_a_config_are_numbers() -> None:
     }  # fmt: skip
 
 
-def test_experts_are_run_a_few_times_a_row_however_many_there_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_are_run_once_a_row_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build(tmp_path / "source", "qwen3_moe", num_experts=8)
     calls: list[str] = []
     answer = Passes._answer
@@ -199,7 +198,7 @@ def test_experts_are_run_a_few_times_a_row_however_many_there_are(
     monkeypatch.setattr(Passes, "_answer", counted)
     run = Run(source, tmp_path, 0.1, full=False)
     gate = next(n for n in run.experts if ".experts.7." in n and n.endswith("gate_proj"))
-    assert calls.count(gate) == 2 * ROWS  # for what its down_proj gets, and for what leaves the layer
+    assert calls.count(gate) == ROWS  # for what its down_proj gets, which is kept
 
 
 class Odd(nn.Module):
@@ -346,3 +345,19 @@ def test_no_hessian_and_no_weight_waits_for_the_garbage_collector(tmp_path: Path
         assert not [a for a in alive if a() is not None]
     finally:
         gc.enable()
+
+
+def test_some_tokens_of_a_row_are_read_and_written(tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path / "states", 3, 4, 5)
+    states.clear()
+    assert torch.equal(states.read(2), torch.zeros(1, 4, 5))
+    row = torch.randn(4, 5)
+    states.write(1, row)
+    changed = torch.randn(2, 5)
+    states.write_tokens(1, torch.tensor([3, 0]), changed)
+    assert torch.equal(states.read(1), torch.stack([changed[1], row[1], row[2], changed[0]]))
+    assert torch.equal(states.read_tokens(1, torch.tensor([2, 3])), torch.stack([row[2], changed[0]]))
+    assert states.read_tokens(0, torch.tensor([], dtype=torch.long)).shape == (0, 5)
+    states.clear()
+    assert not states.read_tokens(1, torch.tensor([2, 3])).any()
+    states.remove()
