@@ -393,6 +393,12 @@ def test_a_gpu_that_is_not_there(model: Path, out: Path, refused: Refused) -> No
     assert not out.exists()
 
 
+def test_a_network_of_one_machine(model: Path, refused: Refused) -> None:
+    refusal = refused("plan", model, "--network", "1GB")
+    assert refusal.what == "--network is between machines, and there is one"
+    assert "--nodes 8" in refusal.hint
+
+
 def test_nothing_said(refused: Refused, model: Path) -> None:
     assert refused().what == "Missing command"
     assert refused("plan").what == "source is missing"

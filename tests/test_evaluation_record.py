@@ -193,7 +193,11 @@ def test_a_card_changed_by_hand_stays(made: tuple[Path, Path, str]) -> None:
     assert done.returncode == 0
     assert "is not as it was written and stays so" in done.stderr
     assert (out / "README.md").read_text() == changed
-    api.rewrite_card(out)
+    told = "README.md is not the card that quantkit.json makes"
+    for edited in (True, False):
+        proof = subprocess.run([sys.executable, "-m", "quantkit", "verify", str(out)], capture_output=True, text=True)
+        assert (proof.returncode, told in proof.stderr) == (0, edited)
+        api.rewrite_card(out)
     assert "Perplexity" in (out / "README.md").read_text()
 
 
