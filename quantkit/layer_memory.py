@@ -133,7 +133,7 @@ def _kept(layer: LayerShape, stream: StreamShape) -> int:
     streams = 2 if stream.full else 1
     kept = streams * (4 * stream.width + sum({columns for _, columns in layer.linears}))
     if layer.experts:
-        kept += 2 * stream.width + 3 * stream.sent
+        kept += stream.sent * (2 * stream.width + 3)
         if stream.hessian:
             kept += max((columns for _, columns in layer.of_experts), default=0)
     return kept

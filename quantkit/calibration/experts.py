@@ -1,8 +1,8 @@
 """What a module of experts gets of all rows, and what it gives of them, on disk, while its experts come one by one.
 
-All rows are taken to the experts first. Then each expert has its turn with the tokens that are sent to it, of all rows,
-and what it gives of a token is added to what those before it have given: in the order in which the module adds them up.
-So the sums are the same to the bit, and rows are read as often as tokens are sent to experts, not once for each expert.
+All rows are taken to the experts first, and what each expert gets of a row is written in one piece. Then each expert
+has its turn with its pieces of all rows, and what it gives is written in the same way. What experts give of a token is
+added up in the order in which the module adds it, so that the sums are the same to the bit.
 """
 
 from __future__ import annotations
@@ -20,61 +20,92 @@ from quantkit.solvers.team import Team
 
 
 class Routed:
-    """Hidden states of rows [rows, length] with what experts are sent of them, and the sums of what they give.
+    """What experts are sent of rows [rows, length], and what they give, expert after expert in each row.
 
     path: begins the names of the files, which are gone with `files`. shape: rows and length. like: tensors of the
-    widths and types that a row has. Each of a team has sums of its own rows.
+    widths and types that a row has. count: of experts. Each of a team has results of its own rows.
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, int], like: Routing, files: ExitStack, device: torch.device, team: Team
+        self,
+        path: Path,
+        shape: tuple[int, int],
+        like: Routing,
+        count: int,
+        files: ExitStack,
+        device: torch.device,
+        team: Team,
     ) -> None:
-        self.device, self.team = device, team
+        self.count, self.device, self.team = count, device, team
+        rows, length = shape
+        sent, width = like.index.shape[-1], like.hidden.shape[-1]
 
-        def file(kind: str, tensor: torch.Tensor) -> HiddenStates:
-            states = HiddenStates(path.with_name(f"{path.name}-{kind}"), *shape, tensor.shape[-1], tensor.dtype)
+        def file(kind: str, tokens: int, width: int, dtype: torch.dtype) -> HiddenStates:
+            states = HiddenStates(path.with_name(f"{path.name}-{kind}"), rows, tokens, width, dtype)
             files.callback(states.remove)
+            states.extend()
             return states
 
-        self.hidden, self.sums = file("hidden", like.hidden), file(f"sums-{team.rank}", like.hidden)
-        self.index, self.weights = file("index", like.index), file("weights", like.weights)
-        self.sums.clear()
+        self.hidden = file("hidden", sent * length, width, like.hidden.dtype)
+        self.results = file(f"results-{team.rank}", sent * length, width, like.hidden.dtype)
+        self.index = file("index", length, sent, like.index.dtype)
+        self.weights = file("weights", length, sent, like.weights.dtype)
+        self._ends: dict[int, list[int]] = {}  # of a row, where each expert's tokens begin, and the last one's end
 
     def write(self, row: int, routing: Routing) -> None:
-        self.hidden.write(row, routing.hidden)
         self.index.write(row, routing.index)
         self.weights.write(row, routing.weights)
+        self._ends.pop(row, None)
+        token = _by_expert(routing.index)[1]
+        for expert in range(self.count):
+            first, last = self._place(row, expert)
+            if last > first:
+                self.hidden.write_part(row, first, routing.hidden[token[first:last]])
 
     def share(self) -> None:
         """What experts get of any row can be read by all. To be called by all."""
         self.hidden.share(self.team)
         self.index.share(self.team)
 
-    def _sent(self, row: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that an expert gets, and in which place of theirs it stands."""
-        token, place = torch.where(self.index.read(row) == expert)
-        return token, place
+    def _place(self, row: int, expert: int) -> tuple[int, int]:
+        """Where in a row's file its tokens begin and end."""
+        if row not in self._ends:
+            counts = torch.bincount(self.index.read(row).flatten(), minlength=self.count)
+            self._ends[row] = [0, *counts.cumsum(0).tolist()]
+        return self._ends[row][expert], self._ends[row][expert + 1]
 
     def inputs(self, row: int, expert: int) -> torch.Tensor:
         """What an expert gets of a row: [tokens, hidden]."""
-        return self.hidden.read_tokens(row, self._sent(row, expert)[0], self.device)
+        first, last = self._place(row, expert)
+        return self.hidden.read_part(row, first, last - first, self.device)
 
     def add(self, row: int, expert: int, result: torch.Tensor) -> None:
-        """Counts what an expert gives of what it gets of a row."""
-        token, place = self._sent(row, expert)
-        result = result * self.weights.read(row)[token, place, None].to(self.device)
-        some, inverse = torch.unique(token, return_inverse=True)
-        sums = self.sums.read_tokens(row, some, self.device)
-        sums.index_add_(0, inverse.to(self.device), result.to(sums.dtype))
-        self.sums.write_tokens(row, some, sums)
+        """Takes what an expert gives of what it gets of a row."""
+        self.results.write_part(row, self._place(row, expert)[0], result)
 
     def total(self, row: int) -> torch.Tensor:
-        """What the module gives of a row, once all experts are counted: [tokens, hidden]."""
-        return self.sums.read(row, self.device)[0, : len(self.index.read(row))]
+        """What the module gives of a row, once all experts have given: [tokens, hidden], summed in their order."""
+        index = self.index.read(row)
+        order, token = _by_expert(index)
+        scale, token = self.weights.read(row).flatten()[order].to(self.device), token.to(self.device)
+        dtype = self.results.dtype
+        sums = torch.zeros((len(index), self.results.shape[2]), dtype=dtype, device=self.device)
+        for expert in range(self.count):
+            first, last = self._place(row, expert)
+            if last > first:
+                result = self.results.read_part(row, first, last - first, self.device) * scale[first:last, None]
+                sums.index_add_(0, token[first:last], result.to(dtype))
+        return sums
 
     def remove(self) -> None:
-        for states in (self.hidden, self.sums, self.index, self.weights):
+        for states in (self.hidden, self.results, self.index, self.weights):
             states.remove()
+
+
+def _by_expert(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all places in index [tokens, k], expert after expert and in the tokens' order: the place, and its token."""
+    order = torch.argsort(index.flatten().cpu(), stable=True)
+    return order, order // index.shape[-1]
 
 
 def through_expert(experts: Experts, expert: int, layer: Layer, routed: Routed) -> Passes:

@@ -50,16 +50,14 @@ class HiddenStates:
         self._read(hidden, row * self.row_bytes)
         return hidden.to(device)
 
-    def write_tokens(self, row: int, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Some tokens of a row, int [n], as hidden [n, width] has them."""
-        for token, one in zip(tokens.tolist(), hidden.to("cpu", self.dtype), strict=True):
-            self._write(one, self._offset(row, token))
+    def write_part(self, row: int, first: int, hidden: torch.Tensor) -> None:
+        """Tokens of a row from the `first` on: hidden [n, width]."""
+        self._write(hidden, self._offset(row, first))
 
-    def read_tokens(self, row: int, tokens: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Some tokens of a row, int [n]: [n, width]."""
-        hidden = torch.empty((len(tokens), self.shape[2]), dtype=self.dtype)
-        for token, one in zip(tokens.tolist(), hidden, strict=True):
-            self._read(one, self._offset(row, token))
+    def read_part(self, row: int, first: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """`count` tokens of a row from the `first` on: [count, width]."""
+        hidden = torch.empty((count, self.shape[2]), dtype=self.dtype)
+        self._read(hidden, self._offset(row, first))
         return hidden.to(device)
 
     def _offset(self, row: int, token: int) -> int:
@@ -91,9 +89,8 @@ class HiddenStates:
             self._shapes |= shapes
         self._open()
 
-    def clear(self) -> None:
-        """Zeros everywhere, which take no room until they are others."""
-        os.ftruncate(self._fd, 0)
+    def extend(self) -> None:
+        """To the size that it has when all is written: zeros, which take no room."""
         os.ftruncate(self._fd, self.nbytes)
 
     def sync(self) -> None:

@@ -117,7 +117,6 @@ class NormStream(Stream):
     def _renew(self, experts: Experts, found: Seen, look: Look, *, go_on: bool) -> None:
         """Has new weights made for experts, and, to go on, what they give with these."""
         routed = found.routed[experts.name]
-        routed.sums.clear()
         for expert in range(experts.count):
             with experts.read(expert) as layer:
                 passes = through_expert(experts, expert, layer, routed)
@@ -167,7 +166,8 @@ class NormStream(Stream):
                         self._to_the_end(index, groups, passes, layer, found, out)
                     continue
                 like = layer.linears.routings[experts]
-                found.routed[experts] = routed = self._routed(f"{name}-{number}", like, files)
+                count = layer.experts[experts].count
+                found.routed[experts] = routed = self._routed(f"{name}-{number}", like, count, files)
                 self._to_experts(index, groups, experts, passes, layer, found)
                 go_on = out is not None or any(groups or experts for groups, experts in runs[number + 1 :])
                 self._through_experts(index, layer.experts[experts], found, go_on=go_on)

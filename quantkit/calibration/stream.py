@@ -150,7 +150,7 @@ class Stream:
     ) -> None:
         """Rows that are found to be broken at one expert are left out at all later ones, and of what the experts' last
         linears get from the first expert on."""
-        routed = self._routed(f"input-{name}", layer.linears.routings[experts.name], files)
+        routed = self._routed(f"input-{name}", layer.linears.routings[experts.name], experts.count, files)
         broken: set[int] = set()
         looked_at = torch.tensor(experts.looked_at(), dtype=torch.long, device=self.skeleton.device)
         for row in self.mine:
@@ -180,9 +180,9 @@ class Stream:
         with experts.read(expert) as layer, ExitStack() as files:
             passes = through_expert(experts, expert, layer, routed)
             for place, group in enumerate(experts.groups(expert)):
-                self.excluded = excluded[place]
-                inputs = self._file(f"{name}-{place}", layer.weights[group[0]].shape[1], files)
                 first = group != (experts.last(expert),)
+                self.excluded = excluded[0 if first else 1]
+                inputs = self._file(f"{name}-{place}", layer.weights[group[0]].shape[1], files)
                 known = partial(routed.inputs, expert=expert) if first else None
                 self._solve_group(index, group, layer, passes, inputs, solve, known=known)
             self.excluded = excluded[1]
@@ -215,9 +215,9 @@ class Stream:
         files.callback(states.remove)
         return states
 
-    def _routed(self, name: str, like: Routing, files: ExitStack) -> Routed:
+    def _routed(self, name: str, like: Routing, count: int, files: ExitStack) -> Routed:
         rows, length = self.ids.shape
-        return Routed(self.folder / name, (rows, length), like, files, self.skeleton.device, self.team)
+        return Routed(self.folder / name, (rows, length), like, count, files, self.skeleton.device, self.team)
 
     def _run(self, index: int, stream: str, row: int) -> torch.Tensor:
         before = self.states[stream][index % 2].read(row, self.skeleton.device)
@@ -244,7 +244,8 @@ class Stream:
                     for row in self.mine:
                         out.write(row, passes.through(row, wanted(row), layer.ready))
                     continue
-                routed = self._routed(f"target-{index}-{number}", layer.linears.routings[name], beside)
+                like, count = layer.linears.routings[name], layer.experts[name].count
+                routed = self._routed(f"target-{index}-{number}", like, count, beside)
                 for row in self.mine:
                     routed.write(row, passes.routing(row, name, wanted(row), layer.ready))
                 passes.totals[name] = old_sums(layer.experts[name], routed, self.mine)

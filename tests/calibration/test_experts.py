@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,9 @@ class Run:
 
 
 @contextmanager
-def streamed(source: Path) -> Iterator[Run]:
-    recipe = {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}, "calibration": {"samples": 1, "length": 16}}
+def streamed(source: Path, skip: Sequence[str] = ()) -> Iterator[Run]:
+    method = {"method": "gptq", "bits": 4, "group_size": 32, "skip": [*skip]}
+    recipe = {"quantize": method, "calibration": {"samples": 1, "length": 16}}
     with quiet_transformers():
         plan, checkpoint = quantkit.plan(str(source), recipe), open_checkpoint(source)
         with SourceFiles(checkpoint.folder, checkpoint.files) as files:
@@ -184,6 +185,15 @@ def test_a_row_that_breaks_at_an_expert_is_left_out_behind_it(tmp_path: Path) ->
         assert downs[1] < gates[1]
         assert gates[0] + sum(gates[1:]) - sum(downs) <= 2 * LENGTH
         assert sum(run.of(1, "w1")) == 2 * (ROWS - 1) * LENGTH
+
+
+def test_a_row_that_breaks_at_an_expert_whose_last_linear_alone_is_solved(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "mixtral")
+    poisoned(source, inputs=False)
+    with streamed(source, ("*w1", "*w3")) as run:
+        run.solved()
+        assert run.excluded == {ODD}
+        assert sum(run.of(1, "w2")) == 2 * (ROWS - 1) * LENGTH
 
 
 def test_a_row_that_experts_get_broken_is_left_out_of_all_that_comes_later(tmp_path: Path) -> None:

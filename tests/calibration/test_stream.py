@@ -347,17 +347,14 @@ def test_no_hessian_and_no_weight_waits_for_the_garbage_collector(tmp_path: Path
         gc.enable()
 
 
-def test_some_tokens_of_a_row_are_read_and_written(tmp_path: Path) -> None:
+def test_parts_of_a_row_are_read_and_written(tmp_path: Path) -> None:
     states = HiddenStates(tmp_path / "states", 3, 4, 5)
-    states.clear()
+    states.extend()
     assert torch.equal(states.read(2), torch.zeros(1, 4, 5))
-    row = torch.randn(4, 5)
+    row, changed = torch.randn(4, 5), torch.randn(2, 5)
     states.write(1, row)
-    changed = torch.randn(2, 5)
-    states.write_tokens(1, torch.tensor([3, 0]), changed)
-    assert torch.equal(states.read(1), torch.stack([changed[1], row[1], row[2], changed[0]]))
-    assert torch.equal(states.read_tokens(1, torch.tensor([2, 3])), torch.stack([row[2], changed[0]]))
-    assert states.read_tokens(0, torch.tensor([], dtype=torch.long)).shape == (0, 5)
-    states.clear()
-    assert not states.read_tokens(1, torch.tensor([2, 3])).any()
+    states.write_part(1, 1, changed)
+    assert torch.equal(states.read(1), torch.stack([row[0], changed[0], changed[1], row[3]]))
+    assert torch.equal(states.read_part(1, 2, 2), torch.stack([changed[1], row[3]]))
+    assert states.read_part(0, 1, 0).shape == (0, 5)
     states.remove()
