@@ -81,7 +81,9 @@ class Routed:
 
     def add(self, row: int, expert: int, result: torch.Tensor) -> None:
         """Takes what an expert gives of what it gets of a row."""
-        self.results.write_part(row, self._place(row, expert)[0], result)
+        first, last = self._place(row, expert)
+        assert len(result) == last - first
+        self.results.write_part(row, first, result)
 
     def total(self, row: int) -> torch.Tensor:
         """What the module gives of a row, once all experts have given: [tokens, hidden], summed in their order."""
