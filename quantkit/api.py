@@ -333,7 +333,11 @@ def finish(out: str | Path, *, source: str | None = None, console: Console = _QU
     started = time.monotonic()
     if was_finished(Path(out)):
         return already_done(Path(out))
-    job, checkpoint = plan_recipe(job_recipe(Path(out), source), data_present=True, console=console)
+    recipe = job_recipe(Path(out), source)
+    if source is None and Path(recipe.source).is_absolute() and not Path(recipe.source).exists():
+        hint = "say where it lies here: --source FOLDER"
+        raise SourceError("the model that the parts were made from is gone", where=recipe.source, hint=hint)
+    job, checkpoint = plan_recipe(recipe, data_present=True, console=console)
     return replace(finish_parts(job, checkpoint, Path(out), console), seconds=time.monotonic() - started)
 
 

@@ -12,7 +12,7 @@ import click
 from quantkit.cli_options import follows, options, output_options, team
 from quantkit.cli_text import evaluation_text, pushed_text, scores_text
 from quantkit.console import Console
-from quantkit.errors import GateError, UsageError, VerifyError
+from quantkit.errors import GateError, Interrupted, UsageError, VerifyError
 
 protocol_options = options(
     click.option(
@@ -171,7 +171,11 @@ def doctor(as_json: bool, quiet: bool, calibrate: Path | None, device: str | Non
         check_target(calibrate)
         check_device(device or "cpu")
         console = Console(json=as_json, quiet=quiet)
-        rates = measure_rates(calibrate.absolute().parent, console, device or "cpu")
+        try:
+            rates = measure_rates(calibrate.absolute().parent, console, device or "cpu")
+        except (Interrupted, KeyboardInterrupt):  # of a job within, whose advice would be wrong here
+            hint = "run the same command again: it begins anew"
+            raise Interrupted("interrupted; nothing is kept", where=str(calibrate), hint=hint) from None
         rates.save(calibrate)
         console.result(asdict(rates), rates.text())
         return

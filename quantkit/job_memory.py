@@ -114,12 +114,12 @@ def _made(recipe: Recipe, units: Sequence[Unit]) -> int:
 
 def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear], device: str) -> list[LayerShape]:
     """The decoder layers as the memory plan sees them. linears: those that are solved or measured, by tensor name;
-    another tensor belongs to the layer whose linears begin like it."""
-    prefixes: dict[str, int] = {}
-    for name, linear in linears.items():
-        prefixes.setdefault(name.partition(f".{linear.layer}.")[0] + f".{linear.layer}.", linear.layer)
+    other tensors of a layer are called like these up to its number. A layer without any is followed all the same."""
+    before = {name.partition(f".{linear.layer}.")[0] for name, linear in linears.items()}
+    place = re.compile(f"(?:{'|'.join(map(re.escape, sorted(before)))})\\.(\\d+)\\.")
+    numbers = {source.name: int(match[1]) for source in sources if (match := place.match(source.name))}
     # Of each layer its parts by name: an expert, or "" for what belongs to none.
-    solved: dict[int, dict[str, list[tuple[int, int]]]] = {layer: {"": []} for layer in prefixes.values()}
+    solved: dict[int, dict[str, list[tuple[int, int]]]] = {n: {"": []} for n in sorted(set(numbers.values()))}
     others: dict[int, dict[str, int]] = {layer: {"": 0} for layer in solved}
     for source in sources:
         found = EXPERT.match(source.name)
@@ -128,8 +128,7 @@ def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear], devi
             rows, columns = reversed(source.shape) if one.transposed else source.shape
             solved[one.layer].setdefault(part, []).append((rows, columns))
             continue
-        layer = next((n for prefix, n in prefixes.items() if source.name.startswith(prefix)), None)
-        if layer is not None:
+        if (layer := numbers.get(source.name)) is not None:
             others[layer][part] = others[layer].get(part, 0) + source.numel
 
     def experts(layer: int) -> tuple[ExpertShape, ...]:

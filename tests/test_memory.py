@@ -6,6 +6,7 @@ Every run compiles its kernels anew (an empty NUMBA_CACHE_DIR, Numba's own switc
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, make_tiny
+from eval_models import build, text_of
 
+import quantkit
 from quantkit.checkpoint.header import TensorInfo, TensorSpec, build_header
 from quantkit.checkpoint.views import plain
 from quantkit.errors import UsageError
+from quantkit.layouts import open_checkpoint
 from quantkit.memory import MIB, MemoryPlan, Work, plan_memory
 
 Shapes = dict[str, tuple[int, ...]]
@@ -220,3 +224,18 @@ def test_model_counts_transposed_tensors_whole() -> None:
     rows, whole = model((8192, 8192)), model((8192, 8192), transposed=True)
     assert whole.slabs >= (whole.in_flight + whole.threads) * 2 * 8192 * 8192
     assert whole.in_flight < rows.in_flight, "fewer buffers, where each is as large as a tensor"
+
+
+def test_a_layer_that_is_skipped_is_followed_all_the_same(tmp_path: Path) -> None:
+    """In float32, as all that is not solved."""
+    source = build(tmp_path / "source", "deepseek_v3", intermediate_size=8192)  # of the first layer
+    text = tmp_path / "text.txt"
+    text.write_text(text_of(2000))
+    recipe = {
+        "quantize": {"method": "gptq", "group_size": 32, "skip": ["model.layers.0"]},
+        "calibration": {"text": str(text), "samples": 2, "length": 32},
+    }
+    layers = quantkit.plan(str(source), recipe).memory.layers
+    shapes = [t.shape for name, t in open_checkpoint(source).tensors.items() if name.startswith("model.layers.0.")]
+    assert layers is not None
+    assert layers.weights == 4 * sum(map(math.prod, shapes))

@@ -240,6 +240,17 @@ def test_foreign(out: Path, source: Path, tmp_path: Path) -> None:
     assert digests(out).keys() - before.keys() == set()
 
 
+def test_a_source_that_has_moved(source: Path, tmp_path: Path, reference: dict[str, str]) -> None:
+    place, out = tmp_path / "first" / source.name, tmp_path / "out"
+    shutil.copytree(source, place)
+    for part in ("1/2", "2/2"):
+        assert quantize(place, out, "--part", part).returncode == 0
+    moved = shutil.move(place, tmp_path / source.name)
+    refused(cli("finish", str(out)), "the model that the parts were made from is gone")
+    assert cli("finish", str(out), "--source", str(moved)).returncode == 0
+    assert digests(out) == reference
+
+
 def test_too_early(out: Path) -> None:
     refused(cli("finish", str(out)), "part 2/2 is not finished", code=1)
     assert not (out / "config.json").exists()
