@@ -119,7 +119,8 @@ def _layers(sources: Sequence[SourceTensor], linears: Mapping[str, Linear], devi
     place = re.compile(f"(?:{'|'.join(map(re.escape, sorted(before)))})\\.(\\d+)\\.")
     numbers = {source.name: int(match[1]) for source in sources if (match := place.match(source.name))}
     # Of each layer its parts by name: an expert, or "" for what belongs to none.
-    solved: dict[int, dict[str, list[tuple[int, int]]]] = {n: {"": []} for n in sorted(set(numbers.values()))}
+    known = {*numbers.values(), *(linear.layer for linear in linears.values())}  # the head is behind the last
+    solved: dict[int, dict[str, list[tuple[int, int]]]] = {layer: {"": []} for layer in sorted(known)}
     others: dict[int, dict[str, int]] = {layer: {"": 0} for layer in solved}
     for source in sources:
         found = EXPERT.match(source.name)
