@@ -21,6 +21,7 @@ from quantkit.calibration.skeleton import Skeleton
 from quantkit.calibration.weights import CheckpointWeights
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.layouts import open_checkpoint
+from quantkit.plans import Plan
 
 TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
 
@@ -66,6 +67,16 @@ class Streamed:
     @property
     def parts(self) -> tuple[Skeleton, CheckpointWeights]:
         return self.skeleton, self.weights
+
+
+def linears_to_solve(plan: Plan, skeleton: Skeleton) -> list[dict[str, Linear]]:
+    """Of each layer, by name."""
+    places = {p.name: p for layer in skeleton.inside for p in layer}
+    layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
+    for unit in plan.units:
+        if unit.calibrated and (linear := unit.linear) is not None:
+            layers[linear.layer][linear.module] = Linear(places[unit.name], linear.transposed, linear.expert)
+    return layers
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from eval_models import build, quiet_transformers, text_of
+from mixed_models import linears_to_solve
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -119,12 +120,7 @@ def streamed(source: Path, skip: Sequence[str] = ()) -> Iterator[Run]:
         plan, checkpoint = quantkit.plan(str(source), recipe), open_checkpoint(source)
         with SourceFiles(checkpoint.folder, checkpoint.files) as files:
             skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
-            places = {p.name: p for layer in skeleton.inside for p in layer}
-            layers: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
-            for unit in plan.units:
-                if unit.calibrated and unit.linear is not None:
-                    found = Linear(places[unit.name], unit.linear.transposed, unit.linear.expert)
-                    layers[unit.linear.layer][unit.linear.module] = found
+            layers = linears_to_solve(plan, skeleton)
             scratch = source.parent / "scratch"
             scratch.mkdir()
             yield Run(skeleton, Watched(checkpoint, files), layers, scratch)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from eval_models import KINDS, SIZES, build, quiet_transformers
+from mixed_models import linears_to_solve
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.layers import Linear
 from quantkit.calibration.rows import Linears, Passes
 from quantkit.calibration.skeleton import Skeleton
 from quantkit.calibration.statistics import Statistics
@@ -47,12 +47,7 @@ class Run:
         self.tokens: dict[str, int] = {}
         with quiet_transformers(), SourceFiles(checkpoint.folder, checkpoint.files) as files:
             skeleton = Skeleton(checkpoint.config, checkpoint.tensors, checkpoint.folder)
-            places = {p.name: p for layer in skeleton.inside for p in layer}
-            linears: list[dict[str, Linear]] = [{} for _ in skeleton.layers]
-            for unit in plan.units:
-                if unit.calibrated and unit.linear is not None:
-                    found = Linear(places[unit.name], unit.linear.transposed, unit.linear.expert)
-                    linears[unit.linear.layer][unit.linear.module] = found
+            linears = linears_to_solve(plan, skeleton)
             self.experts = {name for layer in linears for name, x in layer.items() if x.expert}
             weights = CheckpointWeights(checkpoint, files)
             with closing(Stream(skeleton, weights, self.ids, linears, scratch, full=full, compute=compute)) as stream:
