@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.room import Room
 from quantkit.calibration.skeleton import Call, Skeleton
 from quantkit.console import Progress, human_bytes
 from quantkit.errors import RunError, SourceError
@@ -80,7 +81,8 @@ class FolderModel:
             first = next(rows)
             if self.hidden is not None:
                 self.hidden.close()
-            self.hidden = HiddenStates(scratch / "hidden", len(ids), ids.shape[1], first.shape[-1])
+            room = Room.quarter(self.skeleton.device)
+            self.hidden = HiddenStates(scratch / "hidden", len(ids), ids.shape[1], first.shape[-1], room=room)
             self.hidden.path.unlink()
             if (free := shutil.disk_usage(scratch).free) < self.hidden.nbytes:
                 raise RunError(

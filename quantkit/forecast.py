@@ -99,7 +99,7 @@ def forecast(plan: Plan, nodes: int, gpus: int, rates: Rates | None, network: fl
     gpu, ram = 0, memory.peak
     if cuda and memory.layers is not None:
         layers = memory.layers
-        gpu = CONTEXT + layers.weights + max(layers.solver + layers.activations, layers.gradients)
+        gpu = CONTEXT + layers.at_work
         ram = max(layers.base + layers.weights, memory.base + memory.slabs + memory.state + memory.table)
     if parts:
         seconds = {} if rates is None else _without_text(plan, count, rates)

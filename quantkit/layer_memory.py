@@ -84,8 +84,13 @@ class LayerMemory:
     gradients: int = 0
 
     @property
+    def at_work(self) -> int:
+        """Of these, what holds numbers: on a GPU it lies there."""
+        return self.weights + max(self.solver + self.activations, self.gradients)
+
+    @property
     def peak(self) -> int:
-        return self.base + self.weights + max(self.solver + self.activations, self.gradients)
+        return self.base + self.at_work
 
 
 def plan_layers(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quantkit.architectures import hidden_width
 from quantkit.checkpoint.journal import FOLDER
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
     from quantkit.calibration.norms import Every, Norms, NormStream
     from quantkit.calibration.statistics import Statistics
+    from quantkit.calibration.stream import Stream
     from quantkit.encoding import Encoding, Made
     from quantkit.solvers.team import Team
+
+S = TypeVar("S", bound="Stream")
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class LayerRun:
 
         from quantkit.calibration.layers import Linear
         from quantkit.calibration.norms import NormStream
+        from quantkit.calibration.room import Room
         from quantkit.calibration.skeleton import Skeleton
         from quantkit.calibration.stream import Stream
         from quantkit.calibration.weights import CheckpointWeights
@@ -160,21 +164,21 @@ class LayerRun:
         self.team.meet()
         compute = fast_dtype(skeleton.device)
         ids = torch.from_numpy(tokens.ids.copy())
+        assert plan.memory.layers is not None
+        needed = plan.memory.layers.at_work
 
-        def norms() -> NormStream:
-            return NormStream(skeleton, weights, ids, layers, folder, full=False, compute=compute, team=self.team)
+        def stream(kind: type[S], *, full: bool) -> S:
+            room, team = Room.beside(skeleton.device, needed), self.team
+            return kind(skeleton, weights, ids, layers, folder, full=full, compute=compute, team=team, room=room)
 
         with torch_settings(plan.memory.threads):
             if prune is not None and prune.owl and not done.sparsities:
-                with closing(norms()) as stream:
-                    done = self._survey(stream, prune, len(layers))
+                with closing(stream(NormStream, full=False)) as first:
+                    done = self._survey(first, prune, len(layers))
             self.encoding = Encoding(plan.recipe, self.units, done.sparsities, written=self.team.leads)
             whole = "full" in plan.streams
             hessian = plan.recipe.needs == "hessian"
-            made: Stream = norms()
-            if hessian:
-                made.close()
-                made = Stream(skeleton, weights, ids, layers, folder, full=whole, compute=compute, team=self.team)
+            made: Stream = stream(Stream, full=whole) if hessian else stream(NormStream, full=False)
             with closing(made):
                 made.excluded = set(done.excluded)
                 made.begin(done.layers)

@@ -334,9 +334,9 @@ def _losses(
                 coded = trials[option].nearest(name, tried, seen.hessian)
             else:
                 coded = trials[option].solve(name, tried, seen.hessian, target=None, keep=None, factor=factor).coded
-            restored = torch.from_numpy(coded.restore())
+            restored = torch.from_numpy(coded.restore()).to(weight.device)
             if option == whole:
-                other[name], restored = restored, restored[rows]
+                other[name], restored = restored.cpu(), restored[rows]
             lost = row_losses(some - restored, energy)
             own[option] = float(f"{float((lost * weighing[rows]).sum()) * share:.6g}")
         found[name] = own

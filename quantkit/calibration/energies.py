@@ -55,7 +55,8 @@ class Energies:
         of all tokens, by which that is to be divided). Where single tokens' gradients are not known, all count alike.
         """
         own, total, weight = self.squares.get(name), self.sums.pop(name, None), self.weights.pop(name, 0.0)
-        means = torch.zeros(len(seen.weights[name]), dtype=torch.float64) if own is None else own.outputs
+        rows, device = len(seen.weights[name]), seen.hessian.device
+        means = torch.zeros(rows, dtype=torch.float64, device=device) if own is None else own.outputs.to(device)
         if total is None or not weight > 0:
             return means, seen.hessian, float(seen.tokens)
         return means, total, weight

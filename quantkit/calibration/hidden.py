@@ -1,12 +1,17 @@
-"""Hidden states of all calibration rows, on disk: read and written row by row, so that they take no memory."""
+"""Hidden states of all calibration rows, on disk: read and written row by row, so that they take no memory.
+
+Where a GPU has room for them, rows lie there, too; those that nobody needs after an interruption there only.
+"""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from quantkit.calibration.room import Room
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import by_the_byte, write_error
 from quantkit.errors import RunError
@@ -17,13 +22,26 @@ class HiddenStates:
     """A file of [rows, length, width] numbers of one type. What is read of it is a copy.
 
     A row may be written in another shape, with fewer tokens (those that an expert got): it is read in that shape, as
-    long as the object lives.
+    long as the object lives. room: for rows on a GPU, of one process alone. lasting: whether they are to be in the file
+    all the same.
     """
 
-    def __init__(self, path: Path, rows: int, length: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        length: int,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        room: Room | None = None,
+        lasting: bool = False,
+    ) -> None:
         self.path, self.shape, self.dtype = path, (rows, length, width), dtype
         self.row_bytes = length * width * dtype.itemsize
+        self.room, self.lasting = room, lasting
         self._shapes: dict[int, torch.Size] = {}
+        self._there: dict[int, torch.Tensor] = {}  # rows on the GPU
         self._open()
 
     def _open(self) -> None:
@@ -42,10 +60,26 @@ class HiddenStates:
                 hint="such a layer cannot be calibrated; leave it alone with --skip, or use --method rtn",
             )
         self._shapes[row] = hidden.shape
-        self._write(hidden, row * self.row_bytes)
+        kept = self._keep(row, hidden)
+        if kept is None:
+            self._write(hidden, row * self.row_bytes)
+        elif self.lasting and self.room is not None:
+            self.room.write(partial(self._write, kept, row * self.row_bytes))
+
+    def _keep(self, row: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The row on the GPU, if there is room. A new one: the old one may still be on its way to the file."""
+        if self.room is None:
+            return None
+        if (old := self._there.pop(row, None)) is not None:
+            self.room.give_back(old)
+        if (made := self.room.take(hidden, self.dtype)) is not None:
+            self._there[row] = made.copy_(hidden.detach())
+        return made
 
     def read(self, row: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """[1, length, width], or in the shape that it was written in."""
+        if (there := self._there.get(row)) is not None:
+            return there.to(device, copy=True)
         hidden = torch.empty(self._shapes.get(row, (1, *self.shape[1:])), dtype=self.dtype)
         self._read(hidden, row * self.row_bytes)
         return hidden.to(device)
@@ -95,6 +129,8 @@ class HiddenStates:
 
     def sync(self) -> None:
         """On disk, and as long as if every row had been written."""
+        if self.room is not None:
+            self.room.settle()
         os.ftruncate(self._fd, self.nbytes)
         sync_data(self._fd)
 
@@ -103,6 +139,11 @@ class HiddenStates:
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """No row may be on its way to the file: behind `sync`, or when the room is closed."""
+        for there in self._there.values():
+            assert self.room is not None
+            self.room.give_back(there)
+        self._there = {}
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -21,6 +21,7 @@ import torch
 from quantkit.calibration.experts import Routed, old_sums, through_expert
 from quantkit.calibration.hidden import HiddenStates
 from quantkit.calibration.layers import Experts, Layer, Linear, Source, hidden_width, loaded_but_experts
+from quantkit.calibration.room import Room
 from quantkit.calibration.rows import Group, Passes, Routing
 from quantkit.calibration.skeleton import Call, Skeleton, Weights
 from quantkit.calibration.statistics import Row, Statistics
@@ -40,7 +41,8 @@ class Stream:
 
     ids: int32 [rows, length]. linears: of each layer, those to solve. full: follow the full-precision model, too.
     compute: the dtype in which linears multiply; all else is float32. team: who shares the work; each takes some of the
-    rows through the layers, and all see what linears get of every row.
+    rows through the layers, and all see what linears get of every row. room: on a GPU, for hidden states; closed with
+    the stream.
     """
 
     def __init__(
@@ -54,14 +56,19 @@ class Stream:
         full: bool,
         compute: torch.dtype = torch.float32,
         team: Team = ALONE,
+        room: Room | None = None,
     ) -> None:
         self.team = team
+        self.room = room if team.alone else None  # others look for rows in files
         self.skeleton, self.weights, self.ids, self.linears = skeleton, weights, ids, linears
         self.folder, self.full, self.compute = folder, full, compute
         rows, length = ids.shape
         width = hidden_width(skeleton)
         names = ("quantized", "full") if full else ("quantized",)
-        self.states = {n: [HiddenStates(folder / f"{n}-{i}", rows, length, width) for i in (0, 1)] for n in names}
+        self.states = {
+            n: [HiddenStates(folder / f"{n}-{i}", rows, length, width, room=self.room, lasting=True) for i in (0, 1)]
+            for n in names
+        }
         self.excluded: set[int] = set()
         self.calls: list[Call] = []
         self.watch: Watch = lambda group, row, x: None  # is told of every row that linears get
@@ -211,7 +218,7 @@ class Stream:
     def _file(self, name: str, width: int, files: ExitStack) -> HiddenStates:
         """Room for what linears get of all rows; gone with `files`."""
         rows, length = self.ids.shape
-        states = HiddenStates(self.folder / name, rows, length, width, self.compute)
+        states = HiddenStates(self.folder / name, rows, length, width, self.compute, room=self.room)
         files.callback(states.remove)
         return states
 
@@ -334,6 +341,8 @@ class Stream:
         return loaded_but_experts(Source(self.skeleton, self.weights, self.compute), index, self.linears[index])
 
     def close(self) -> None:
+        if self.room is not None:
+            self.room.close()
         for states in self.states.values():
             for state in states:
                 state.close()

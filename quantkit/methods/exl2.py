@@ -184,6 +184,7 @@ METHOD = Method(
     describe=_describe,
     refuses=lambda spec, _: exl2_format.refuses(spec),
     reader_config=_reader_config,
+    devices=("cpu", "cuda"),
     others="F16",  # its kernels take no other bias
     reader_notes=_reader_notes,
     head=lambda params: HEADS.get(params.head_bits),

@@ -14,22 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.kernels.exl2_scales import LEVELS, choose, losses
+from quantkit.kernels.exl2_scales import LEVELS
 from quantkit.solvers.columns import solve_columns
 from quantkit.solvers.exl2_coded import Exl2Coded, Groups, real_scales
+from quantkit.solvers.exl2_scales import search_group
 from quantkit.solvers.factor import Factor, factorize
 from quantkit.solvers.gptq import Solved, processing_order, report_of
 from quantkit.solvers.grids import normalized
-from quantkit.solvers.projection import Projection, arrays, residual, round_all
+from quantkit.solvers.projection import Projection, residual, round_all
 from quantkit.solvers.quadratic import row_losses
 from quantkit.solvers.refine import descend, refit
 from quantkit.solvers.team import ALONE, Team
 from quantkit.solvers.threads import parts
-
-TRIED = 25  # scales for each row of a group
-MAXIMA = np.geomspace(1.12, 0.4, 24)  # of what the row with the largest weights would take for itself
-SMALLEST = {2: 0.3, 3: 0.4, 4: 0.5, 5: 0.65, 6: 0.75, 8: 0.9}  # parts of a row's range that are worth covering
-LEAST, MOST = 6e-5, 65504.0  # maxima: a 256th of a smaller one is hardly a number of fp16 any more
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class _Scales:
     @staticmethod
     def of(codes: Tensor, maxima: Tensor) -> _Scales:
         every = np.arange(LEVELS, dtype=np.uint8)[:, None].repeat(len(maxima), 1)
-        levels = torch.from_numpy(real_scales(every, maxima.numpy()).T.copy())
+        levels = torch.from_numpy(real_scales(every, maxima.cpu().numpy()).T.copy()).to(maxima.device)
         real = levels.gather(1, codes.T.long()).T.contiguous()
         return _Scales(codes, maxima, real, levels)
 
@@ -77,25 +73,13 @@ def search(weight: Tensor, groups: Groups, group: Tensor, importance: Tensor | N
     """Scales for float32 [rows, columns], by column the group, on which rounding to nearest loses least, columns
     weighed by `importance` float32 [columns]."""
     weighing = normalized(importance, group)
-    codes = torch.empty((len(groups.bits), weight.shape[0]), dtype=torch.uint8)
-    maxima = torch.empty(len(groups.bits), dtype=torch.float16)
+    codes = torch.empty((len(groups.bits), weight.shape[0]), dtype=torch.uint8, device=weight.device)
+    maxima = torch.empty(len(groups.bits), dtype=torch.float16, device=weight.device)
 
     def one(run: slice) -> None:
-        number = run.start
-        columns = (group == number).nonzero().flatten()
-        own = weight[:, columns].contiguous()
-        bits = groups.bits[number]
-        high = np.float32(2 ** (bits - 1) - 1)
-        most = (high + 1) / (high + 0.5) if bits < 8 else 1.0
-        ratios = np.linspace(most, SMALLEST[bits], TRIED, dtype=np.float32)
-        table, base = np.empty((len(own), TRIED), np.float32), np.empty(len(own), np.float32)
-        losses(*arrays(own, weighing[columns]), -high - 1, high, ratios, base, table)
-        tried = np.clip(MAXIMA * base.max() * most, LEAST, MOST).astype(np.float16)
-        units = (tried.astype(np.float32) / 256).astype(np.float16).astype(np.float32)
-        chosen, code = np.zeros(1, np.int64), np.empty(len(own), np.uint8)
-        choose(table, ratios, base, units, chosen, code)
-        maxima[number] = float(tried[chosen[0]])
-        codes[number] = torch.from_numpy(code)
+        columns = (group == run.start).nonzero().flatten()
+        bits = groups.bits[run.start]
+        maxima[run], codes[run.start] = search_group(weight[:, columns], weighing[columns], bits)
 
     every = [slice(number, number + 1) for number in range(len(groups.bits))]
     team.compute(one, every, [codes, maxima], weight.device)
@@ -124,7 +108,7 @@ def solve(
 ) -> Solved[Exl2Coded]:
     """The codes of a linear layer; see `solvers.gptq.solve`. factor: of the Hessian's columns by falling diagonal,
     which is the order of the stream, too; None: a fallback, rounding to nearest."""
-    position, device = positions(hessian), torch.device("cpu")
+    position, device = positions(hessian), weight.device
     group = _group(groups, position)
     aim = (weight if target is None else target).detach()
     importance = None if factor is None else hessian.diagonal() / factor.scale + damp
@@ -133,9 +117,9 @@ def solve(
     del masked
     projection = _projection(groups, group, scales, keep)
     rows, columns = weight.shape
-    codes = torch.empty((rows, columns), dtype=torch.uint8)
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
     real = torch.empty_like(scales.real)
-    lost, nearest_lost, sizes = torch.zeros((3, rows), dtype=torch.float64)
+    lost, nearest_lost, sizes = torch.zeros((3, rows), dtype=torch.float64, device=device)
     unit = 1.0 if factor is None else factor.scale
 
     def some(part: slice, factor: Factor | None) -> None:
@@ -168,18 +152,18 @@ def solve(
 def _group(groups: Groups, position: Tensor) -> Tensor:
     """int32 [columns]"""
     of_place = torch.arange(len(groups.rows)).repeat_interleave(torch.tensor(groups.rows))
-    return of_place[position].to(torch.int32)
+    return of_place.to(position.device)[position].to(torch.int32)
 
 
 def _projection(groups: Groups, group: Tensor, scales: _Scales, keep: Tensor | None) -> Projection:
-    middles = torch.tensor([2.0 ** (b - 1) for b in groups.bits])
+    middles = torch.tensor([2.0 ** (b - 1) for b in groups.bits], device=group.device)
     zeros = middles.expand(len(scales.real), -1).contiguous()
     return Projection(scales.real, zeros, group, (2 * middles - 1)[group.long()].contiguous(), keep)
 
 
 def _coded(groups: Groups, codes: Tensor, scales: _Scales, position: Tensor) -> Exl2Coded:
-    place = position.to(torch.int32).numpy()
-    return Exl2Coded(groups, codes.numpy(), scales.codes.numpy(), scales.maxima.numpy(), place)
+    here = (codes, scales.codes, scales.maxima, position.to(torch.int32))
+    return Exl2Coded(groups, *(part.cpu().numpy() for part in here))
 
 
 @dataclass(frozen=True)

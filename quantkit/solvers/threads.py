@@ -1,4 +1,4 @@
-"""Work shared out to threads in parts that do not depend on how many there are, each part computed by one thread.
+"""Work shared out to threads, or to GPUs, in parts that do not depend on how many there are, each computed by one.
 
 So neither do the bytes. A matrix product that MKL shares out itself has other last digits for other numbers of threads
 where a thread's part has an odd edge.
@@ -20,10 +20,11 @@ Result = TypeVar("Result")
 
 LEAST, MOST, PARTS = 48, 256, 16  # rows to a part: enough for a product to be fast, and parts for as many threads
 LARGEST = 2**20  # numbers in a part, as far as LEAST rows have fewer
+OF_GPU = 2048  # rows to a part of a GPU's: they fill it, and a tall matrix still has parts for several
 
 
 def parts(rows: int, device: torch.device, columns: int = 1) -> list[slice]:
-    """Rows 0 … rows − 1, each of so many columns, in runs of a suitable size; on a device that is not the CPU, one."""
+    """Rows 0 … rows − 1, each of so many columns, in runs of a suitable size."""
     return runs(0, rows, min(max(-(-rows // PARTS) + 15 & ~15, LEAST), most_rows(columns)), device)
 
 
@@ -33,8 +34,8 @@ def most_rows(columns: int) -> int:
 
 
 def runs(start: int, stop: int, size: int, device: torch.device) -> list[slice]:
-    """start … stop − 1 in runs of a size; on a device that is not the CPU, one."""
-    size = size if device.type == "cpu" else max(stop - start, 1)
+    """start … stop − 1 in runs of a size; on a GPU, in runs of OF_GPU."""
+    size = size if device.type == "cpu" else OF_GPU
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
