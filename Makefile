@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow interop check benchmark benchmark-convert clean
+.PHONY: demo test test-slow test-triton interop check benchmark benchmark-convert clean
 
 demo: .venv/ready
 	$(BIN)/python scripts/demo.py
@@ -17,6 +17,14 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python scripts/demo.py --model-only
 	$(BIN)/python -m pytest -m slow
+
+# The kernels for GPUs, on one, or in Triton's interpreter (200 MB under .interop).
+test-triton: .venv/ready .interop/triton/ready
+	PYTHONPATH=.interop/triton/lib $(BIN)/python -m pytest tests/kernels/test_columns_triton.py
+
+.interop/triton/ready:
+	$(BIN)/python -m pip install --quiet --no-deps --target .interop/triton/lib triton==3.9.0
+	touch $@
 
 # Real loaders of GPTQ folders, each in an environment of its own under .interop (about 5 GB), read what we write.
 interop: .venv/ready .interop/gptqmodel/ready .interop/autogptq/ready .interop/llmcompressor/ready .interop/exllamav2/ready .interop/lmeval/ready \

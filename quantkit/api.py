@@ -23,6 +23,7 @@ from quantkit.comparer import (
     write_comparison,
 )
 from quantkit.console import Console, human_bytes
+from quantkit.devices import check_device, check_gpu_memory, own_gpu
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluation_record import Record
@@ -176,7 +177,8 @@ def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, conso
     if recipe.mixing is None:
         raise UsageError("only methods that mix bits are measured for", hint="name exl2, gptq or bnb, or none")
     check_device(recipe.resources.device)
-    recipe = recipe if team is None else own_share(recipe, team)
+    if team is not None:
+        recipe, team = own_share(recipe, team)
 
     def begin() -> Job:
         folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
@@ -275,6 +277,7 @@ def run_recipe(recipe: Recipe, *, force: bool = False, part: str | None = None, 
             hint="delete the folder yourself",
         )
     job, checkpoint = plan_recipe(recipe, data_present=True, measuring=share is None, force=force, console=console)
+    check_gpu_memory(job.recipe.resources.device, job.memory)
     out = expand(recipe.output)
     if share is None:
         made = execute(job, checkpoint, out, console, force=force)
@@ -293,9 +296,10 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
     out = expand(recipe.output)
     with joined() as team:
         started = time.monotonic()
-        recipe = own_share(recipe, team)
+        recipe, team = own_share(recipe, team)
 
         def begin() -> tuple[Plan, Checkpoint]:
+            check_device(recipe.resources.device)
             job, checkpoint = plan_recipe(recipe, data_present=True, force=force, console=console)
             calibrated = any(u.calibrated for u in job.units)
             if job.allocation is not None and job.allocation.assumed:
@@ -304,6 +308,7 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
                     where=str(out),
                     hint="run `quantkit measure` first, by as many processes, and name its file: --measurement FILE",
                 )
+            check_gpu_memory(job.recipe.resources.device, job.memory)
             if force and not calibrated and job.allocation is None:
                 raise UsageError(
                     "--force would take from other processes what they did", where=str(out),
@@ -339,22 +344,6 @@ def finish(out: str | Path, *, source: str | None = None, console: Console = _QU
         raise SourceError("the model that the parts were made from is gone", where=recipe.source, hint=hint)
     job, checkpoint = plan_recipe(recipe, data_present=True, console=console)
     return replace(finish_parts(job, checkpoint, Path(out), console), seconds=time.monotonic() - started)
-
-
-def check_device(device: str) -> None:
-    """UsageError if torch cannot compute there."""
-    if device == "cpu":
-        return
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
-        raise UsageError(
-            f"no {device} device is usable here",
-            where="--device",
-            hint="use --device cpu, or cuda with a CUDA build of torch",
-        ) from None
 
 
 def verify(
@@ -417,6 +406,8 @@ def evaluate(
                 )
         return place, sealed, gates, subject, source, is_source
 
+    if team is not None:
+        own_gpu(device, team)
     begun = begin() if team is None else team.begin(begin, lambda _: {})
     place, sealed, gates, subject, source, is_source = begun
     found = evaluate_folder(

@@ -474,6 +474,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout = None  # it may be what failed, and the interpreter would try once more
         console.error(RunError(f"the system refused: {e.strerror or e}", where=str(e.filename or "")))
         sys.exit(1)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        full = RunError(
+            "the GPU's memory is full", where="--device",
+            hint="end what else runs there, and run the same command again: what is done is kept",
+        )  # fmt: skip
+        console.error(full)
+        sys.exit(full.exit_code)
     except (KeyboardInterrupt, click.Abort):
         interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
         console.error(interrupted)

@@ -165,7 +165,7 @@ def doctor(as_json: bool, quiet: bool, calibrate: Path | None, device: str | Non
     folder, and writes it to FILE, for `quantkit plan --profile`.
     """
     if calibrate is not None:
-        from quantkit.api import check_device
+        from quantkit.devices import check_device
         from quantkit.rates import check_target, measure_rates
 
         check_target(calibrate)

@@ -32,6 +32,7 @@ def plan_text(job: Plan, forecast: Sequence[tuple[str, str]] = ()) -> str:
             *_job_rows(job),
             ("weights", f"{human_bytes(job.source_bytes)} → {human_bytes(job.weight_bytes)}"),
             ("peak RAM", f"{human_bytes(job.memory.peak)} at most, {job.memory.threads} threads"),
+            *([("GPU memory", f"{human_bytes(job.memory.gpu)} at least")] if job.memory.gpu else []),
             ("disk", f"{job.disk:,} bytes ({human_bytes(job.disk)})"),
             *_calibration_rows(job),
             ("passes", f"{job.passes} over the source"),

@@ -22,7 +22,6 @@ from quantkit.pruning import in_attention
 from quantkit.rates import Rates
 
 NETWORK = 1_250_000_000  # bytes a second, of 10 Gbit/s
-CONTEXT = 600 << 20  # bytes of a GPU that CUDA takes
 HELD_OUT = 8  # of so many rows, one judges corrections
 CORNER, SHARED = 512, 1024  # of a factor: what each process finds for itself; inputs from which on the rest is shared
 AROUND = 1.5  # times that norms and activations of the quantized stream are computed, as passes stop and begin anew
@@ -96,11 +95,7 @@ def forecast(plan: Plan, nodes: int, gpus: int, rates: Rates | None, network: fl
     parts = not calibrated
     if parts and plan.allocation is not None and count > 1:
         raise UsageError("mixed bits are not written in parts", where=f"--nodes {nodes}", hint="use one node")
-    gpu, ram = 0, memory.peak
-    if cuda and memory.layers is not None:
-        layers = memory.layers
-        gpu = CONTEXT + layers.at_work
-        ram = max(layers.base + layers.weights, memory.base + memory.slabs + memory.state + memory.table)
+    gpu, ram = memory.gpu, memory.peak
     if parts:
         seconds = {} if rates is None else _without_text(plan, count, rates)
         return Forecast(nodes, ranks, True, ram, gpu, plan.source_bytes // count, 0, 0, seconds)

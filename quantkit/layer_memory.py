@@ -15,7 +15,7 @@ BASE = 850 * MIB
 BASE_GPU = 2600 * MIB
 FLOAT = 4
 # Of a part of a weight, for each thread; solvers.threads has the same numbers, beside torch, which no plan loads.
-MOST, LEAST, LARGEST = 256, 48, 2**20
+MOST, LEAST, LARGEST, OF_GPU = 256, 48, 2**20, 2048
 HOLES = 0.25  # what the heap keeps of freed blocks and of copies that products made: measured on a layer of a 7B model
 # Of measuring (see measurer): rows and tokens that go forward and back, tokens whose logits are there at a time; rows
 # of a trial, and kinds of linears that experts have.
@@ -74,7 +74,7 @@ class StreamShape:
 @dataclass(frozen=True)
 class LayerMemory:
     """Bytes of RAM by purpose while layers are solved; gradients: while a run goes back through the model; scratch:
-    bytes of disk."""
+    bytes of disk; on_gpu: whether all but `base` is on a GPU, and of that in RAM no more than weights."""
 
     base: int
     weights: int
@@ -82,15 +82,16 @@ class LayerMemory:
     activations: int
     scratch: int
     gradients: int = 0
+    on_gpu: bool = False
 
     @property
     def at_work(self) -> int:
-        """Of these, what holds numbers: on a GPU it lies there."""
+        """Of these, what holds numbers."""
         return self.weights + max(self.solver + self.activations, self.gradients)
 
     @property
     def peak(self) -> int:
-        return self.base + self.at_work
+        return self.base + (self.weights if self.on_gpu else self.at_work)
 
 
 def plan_layers(
@@ -100,7 +101,8 @@ def plan_layers(
     tokens = stream.rows * stream.length
     everything = [shape for layer in layers for shape in (*layer.linears, *layer.of_experts)]
     largest = max(max(shape) for shape in everything)
-    solver = max(_solver(layer, columns, stream, threads) for layer in layers for columns in _widths(layer))
+    workers = threads if device == "cpu" else None
+    solver = max(_solver(layer, columns, stream, workers) for layer in layers for columns in _widths(layer))
     solver += stream.made * max(math.prod(shape) for shape in everything)
     # A row's way through a layer: the residual, the norm's output, what attention and the feed-forward part hold.
     activations = FLOAT * stream.length * (4 * stream.width + 4 * largest)
@@ -122,7 +124,7 @@ def plan_layers(
         kinds = max(len(layer.linears) + EXPERT_KINDS * bool(layer.experts) for layer in layers)
         scratch += FLOAT * 2 * (kinds + 1) * TRIAL_ROWS * SHORT * stream.width
         scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * stream.width * (len(layers) + 2))
-    memory = LayerMemory(base, weights, solver, activations, scratch, gradients)
+    memory = LayerMemory(base, weights, solver, activations, scratch, gradients, device != "cpu")
     if limit is not None and memory.peak > limit:
         raise UsageError(
             f"--max-memory {limit / MIB:,.0f} MiB is too little: this job needs {memory.peak / MIB:,.0f} MiB",
@@ -170,8 +172,8 @@ def _widths(layer: LayerShape) -> set[int]:
     return {columns for _, columns in (*layer.linears, *layer.of_experts)}
 
 
-def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) -> int:
-    """Bytes while linears with so many inputs are solved, all but experts taken for one group.
+def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int | None) -> int:
+    """Bytes while linears with so many inputs are solved, all but experts taken for one group. threads: None on a GPU.
 
     The Hessian and its factor, what the linears are aimed at, the codes of the largest. To these comes what threads
     hold of some rows; or, when the factor is gone, the weight restored and packed.
@@ -179,10 +181,10 @@ def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) 
     tallest = max(rows for rows, c in (*layer.linears, *layer.of_experts) if c == columns)
     if not stream.hessian:
         sums = FLOAT * sum(c for _, c in layer.of_experts)
-        return threads * _part(columns, tallest) + sums
+        return _parts(columns, tallest, threads) + sums
     aimed = sum(rows * c for rows, c in layer.linears if c == columns) if stream.full else 0
     matrix, codes = FLOAT * columns * columns, tallest * columns
-    at_work = threads * _part(columns, tallest)
+    at_work = _parts(columns, tallest, threads)
     weighed = 0
     if stream.head is not None:  # measuring weighs tokens anew for every linear, and solves a whole weight, in float32
         weighed = matrix * sum(c == columns for _, c in layer.linears) + FLOAT * tallest * columns
@@ -190,6 +192,8 @@ def _solver(layer: LayerShape, columns: int, stream: StreamShape, threads: int) 
     return needed + int(HOLES * (matrix + weighed + FLOAT * aimed))
 
 
-def _part(columns: int, tallest: int) -> int:
-    """Bytes that a thread holds of some rows."""
-    return min(tallest, max(min(MOST, LARGEST // columns), LEAST)) * columns * PART
+def _parts(columns: int, tallest: int, threads: int | None) -> int:
+    """Bytes that threads, or a GPU, hold of some rows."""
+    if threads is None:
+        return min(tallest, OF_GPU) * columns * PART
+    return threads * min(tallest, max(min(MOST, LARGEST // columns), LEAST)) * columns * PART

@@ -25,8 +25,10 @@ INTERPRETER, TOKENIZER = 60 * MIB, 26
 PARSED = 6  # and so many times the file that is only read, to see whether it fits (4.3 were measured)
 # transformers and torch on top, where they are asked for an architecture that has no row in our table: 300 MiB.
 BASE_DERIVED = 400 * MIB
-# torch and bitsandbytes on top, where a GPU encodes: their CUDA libraries and context.
+# torch and bitsandbytes on top, where a GPU encodes: their CUDA libraries and context; and what a context takes there.
 BASE_GPU = 2600 * MIB
+CONTEXT = 600 * MIB
+ENCODING = 4  # slabs on the GPU for each one that is encoded: its numbers, codes, and sums
 SLAB = 4 * MIB
 SMALLEST_SLAB = 1 * MIB
 # Slabs read ahead of the workers: enough that a slow disk or a slow slab holds up nobody. Where slabs are whole
@@ -45,7 +47,8 @@ PER_TENSOR = 3 << 10
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of RAM by purpose, and the settings that keep to them. `layers` is of a calibrated method, which works
-    layer by layer once all slabs are done: the peak is that of the larger part."""
+    layer by layer once all slabs are done: the peak is that of the larger part. context: of a GPU's memory, what is
+    taken whatever is done there; 0 without one."""
 
     threads: int
     in_flight: int
@@ -55,6 +58,14 @@ class MemoryPlan:
     state: int
     table: int
     layers: LayerMemory | None = None
+    context: int = 0
+
+    @property
+    def gpu(self) -> int:
+        """Bytes of a GPU at the least; what is free beyond them holds hidden states."""
+        if not self.context:
+            return 0
+        return self.context + (ENCODING * self.threads * self.slab if self.layers is None else self.layers.at_work)
 
     @property
     def peak(self) -> int:
@@ -106,6 +117,7 @@ def plan_memory(
     base = max(base, INTERPRETER + TOKENIZER * generated, INTERPRETER + PARSED * parsed) + 3 * generated
     base += BASE_DERIVED if derived else 0
     whole = max((w.source.nbytes for w in work if not w.granule), default=0)
+    context = CONTEXT if device != "cpu" else 0
 
     def at(workers: int, slab: int) -> MemoryPlan:
         largest = beside = 0
@@ -115,9 +127,8 @@ def plan_memory(
             largest, beside = max(largest, size), max(beside, int(w.copies * size))
         in_flight = workers + (AHEAD_WHOLE if whole > SLAB else AHEAD)
         # A buffer for each slab in flight; with each worker what it makes of a slab.
-        return MemoryPlan(
-            workers, in_flight, slab, base, in_flight * largest + workers * beside, state, PER_TENSOR * tensors
-        )
+        slabs = in_flight * largest + workers * beside
+        return MemoryPlan(workers, in_flight, slab, base, slabs, state, PER_TENSOR * tensors, context=context)
 
     choices = [at(n, slab) for n in sorted({workers, 1}, reverse=True) for slab in (SLAB, SMALLEST_SLAB)]
     if limit is None:

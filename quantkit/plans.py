@@ -202,7 +202,7 @@ class Plan:
             "passes_over_source": self.passes,
             "calibration": None if self.tokens is None else self.tokens.to_json(),
             "scratch_bytes": self.scratch,
-            "memory": {**asdict(self.memory), "peak": self.memory.peak},
+            "memory": {**asdict(self.memory), "peak": self.memory.peak, "gpu": self.memory.gpu},
             "files": [asdict(f) for f in self.files],
             "tensors": [
                 {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": t.file}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.calibration.data import Tokens
 from quantkit.checkpoint.system import cores
+from quantkit.devices import own_gpu
 from quantkit.layouts import Checkpoint
 from quantkit.recipe import Recipe
 from quantkit.version import __version__
@@ -30,14 +31,13 @@ def signed(checkpoint: Checkpoint, tokens: Tokens | None, **more: Any) -> dict[s
     }
 
 
-def own_share(recipe: Recipe, team: Team) -> Recipe:
-    """The recipe with as many threads as this machine has for each process of a team. On GPUs, each takes its own."""
-    if recipe.resources.device == "cuda":
-        import torch
-
-        if count := torch.cuda.device_count():
-            torch.cuda.set_device(team.local % count)
+def own_share(recipe: Recipe, team: Team) -> tuple[Recipe, Team]:
+    """The recipe with as many threads as this machine has for each process of a team. On GPUs, each takes its own, and
+    they are wired to each other."""
+    own_gpu(recipe.resources.device, team)
+    if recipe.resources.device != "cpu":
+        team = team.wired()
     if recipe.resources.threads is not None:
-        return recipe
+        return recipe, team
     resources = recipe.resources.model_copy(update={"threads": max(1, cores() // team.here)})
-    return recipe.model_copy(update={"resources": resources})
+    return recipe.model_copy(update={"resources": resources}), team

@@ -38,9 +38,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(source: Path, method: str = "gptq", **more: Any) -> Any:
+def planned(source: Path, method: str = "gptq", device: str = "cpu", **more: Any) -> Any:
     calibration = {"text": str(source / "calib.txt"), "samples": 8, "length": 32}
-    return quantkit.plan(source, {"quantize": {"method": method, "bits": 4, **more}, "calibration": calibration})
+    recipe = {"quantize": {"method": method, "bits": 4, **more}, "calibration": calibration}
+    return quantkit.plan(source, {**recipe, "resources": {"device": device}})
 
 
 @given(st.floats(1e-15, 1e3), st.floats(1e-15, 1e3))
@@ -112,12 +113,12 @@ def test_what_does_not_go_together_is_refused(source: Path) -> None:
         forecast(job, 1, 2, None)
     with pytest.raises(UsageError, match="the profile is of"):
         forecast(job, 1, 0, replace(RATES, device="NVIDIA H200"))
-    cuda = replace(job, recipe=job.recipe.model_copy(update={"resources": job.recipe.resources.model_copy(
-        update={"device": "cuda"})}))  # fmt: skip
+    cuda = planned(source, device="cuda", group_size=32)
     with pytest.raises(UsageError, match="for a GPU"):
         forecast(cuda, 1, 0, None)
     found = forecast(cuda, 2, 4, None)
-    assert found.gpu > 0
+    assert found.gpu > cuda.memory.layers.at_work > 0
+    assert cuda.memory.layers.peak == cuda.memory.layers.base + cuda.memory.layers.weights  # numbers are on the GPU
     assert found.seconds == {}
     assert found.total is None
     assert found.nodes * found.ranks == 8

@@ -38,6 +38,7 @@ LAYERS = (
     {"job_memory", "publication"},
     {"plans", "selection"},
     {"recipe"},
+    {"devices"},
     {"card", "parent_card", "card_facts", "front_matter", "bnb_folder", "memory", "console", "calibration"},
     {"layer_memory", "measurement"},
     {"pruners"},

@@ -11,7 +11,7 @@ from quantkit.kernels.columns import nearest
 MARGIN = np.float32(1e-3)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")  # where bend · scale is nothing, the code is one all the same
 def descend_block(  # type: ignore[no-untyped-def]
     gradient, curvature, first, group, top, scales, zeros, masked, keep, codes, errors
 ):

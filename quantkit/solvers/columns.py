@@ -7,6 +7,8 @@ Babai's nearest plane. It gives what GPTQ gives (Frantar et al. 2022) and needs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,8 @@ def solve_columns(target: Tensor, factor: Factor, projection: Projection) -> Ten
         start = max(0, stop - BLOCK)
         block = target[:, position[start:stop]]
         triangle = factor.lower[start:stop, start:stop].contiguous()
-        if target.device.type == "cpu":
-            errors = _block_numba(start, shifted, block, triangle, position, projection, codes)
-        else:
-            errors = _block_torch(start, shifted, block, triangle, position, projection, codes)
+        solve = _block_numba if target.device.type == "cpu" else _on_gpu(target)
+        errors = solve(start, shifted, block, triangle, position, projection, codes)
         if start:
             shifted[:, :start].addmm_(errors, factor.lower[start:stop, :start])
     return codes
@@ -56,6 +56,30 @@ def _block_numba(
     return errors
 
 
+def _on_gpu(target: Tensor) -> Callable[..., Tensor]:
+    from quantkit.kernels import columns_triton
+
+    return _block_triton if columns_triton.usable(target) else _block_torch
+
+
+def _block_triton(
+    start: int,
+    shifted: Tensor,
+    block: Tensor,
+    triangle: Tensor,
+    position: Tensor,
+    projection: Projection,
+    codes: Tensor,
+) -> Tensor:
+    from quantkit.kernels import columns_triton
+
+    errors = torch.empty_like(block)
+    by_position = (position, projection.group[position], projection.top[position])
+    grid = (*by_position, projection.scales, projection.zeros)
+    columns_triton.round_block(shifted, block, triangle, start, *grid, projection.keep, codes, errors)
+    return errors
+
+
 def _block_torch(
     start: int,
     shifted: Tensor,
@@ -65,7 +89,7 @@ def _block_torch(
     projection: Projection,
     codes: Tensor,
 ) -> Tensor:
-    """The same in torch, a column at a time for all rows: for devices that Numba does not reach."""
+    """The same in torch, a column at a time for all rows: for devices that neither Numba nor Triton reaches."""
     errors = torch.empty_like(block)
     for k in range(block.shape[1] - 1, -1, -1):
         column = position[start + k : start + k + 1]

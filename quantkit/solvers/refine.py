@@ -33,10 +33,8 @@ def descend(target: Tensor, hessian: Tensor, projection: Projection, codes: Tens
         gradient = _damped(errors, hessian[:, start:stop], errors[:, start:stop], ridge)
         curvature = hessian[start:stop, start:stop].clone()
         curvature.diagonal().add_(ridge)
-        if target.device.type == "cpu":
-            _block_numba(start, gradient, curvature, projection, codes, errors)
-        else:
-            _block_torch(start, gradient, curvature, projection, codes, errors)
+        visit = _block_numba if target.device.type == "cpu" else _on_gpu(target)
+        visit(start, gradient, curvature, projection, codes, errors)
 
 
 def _block_numba(
@@ -46,6 +44,21 @@ def _block_numba(
     grid = arrays(projection.group, projection.top, projection.scales, projection.zeros)
     changed = arrays(keep, codes, errors)
     descend_block(*arrays(gradient, curvature), first, *grid, masked, *changed)
+
+
+def _on_gpu(target: Tensor) -> Callable[..., None]:
+    from quantkit.kernels import columns_triton
+
+    return _block_triton if columns_triton.usable(target) else _block_torch
+
+
+def _block_triton(
+    first: int, gradient: Tensor, curvature: Tensor, projection: Projection, codes: Tensor, errors: Tensor
+) -> None:
+    from quantkit.kernels import columns_triton
+
+    grid = (projection.group, projection.top, projection.scales, projection.zeros)
+    columns_triton.descend_block(gradient, curvature, first, *grid, projection.keep, codes, errors)
 
 
 def _block_torch(

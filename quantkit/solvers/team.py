@@ -15,7 +15,7 @@ import pickle
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -36,13 +36,15 @@ PIECE = 16 << 20  # bytes sent at a time
 @dataclass(frozen=True)
 class Team:
     """Process `rank` of `size`, the `local`-th of `here` on this machine. Methods must be called by all, in the same
-    order; RunError if one of them is gone."""
+    order; RunError if one of them is gone. wire: a group by which GPUs send each other tensors; without one, these go
+    through RAM."""
 
     rank: int = 0
     size: int = 1
     here: int = 1
     local: int = 0
     group: Any = field(default=None, compare=False, repr=False)
+    wire: Any = field(default=None, compare=False, repr=False)
 
     @property
     def alone(self) -> bool:
@@ -146,16 +148,25 @@ class Team:
 
     def _send(self, piece: Sequence[Tensor], owner: int) -> None:
         """From the owner to all others, into the same parts of theirs."""
-        device = piece[0].device
+        wire = self.wire if piece[0].device.type != "cpu" else None
+        device = piece[0].device if wire is not None else torch.device("cpu")
         if owner == self.rank:
-            flat = torch.cat([_bytes(part) for part in piece])
+            flat = torch.cat([_bytes(part) for part in piece]).to(device)
         else:
             flat = torch.empty(sum(part.nbytes for part in piece), dtype=torch.uint8, device=device)
         with _peers():
-            distributed.broadcast(flat, owner, self.group)
+            distributed.broadcast(flat, owner, wire if wire is not None else self.group)
         if owner != self.rank:
             for part, raw in zip(piece, torch.split(flat, [part.nbytes for part in piece]), strict=True):
                 part.copy_(raw.clone().view(part.dtype).reshape(part.shape))
+
+    def wired(self) -> Team:
+        """The same with a wire between GPUs, if each process on every machine has one of its own. To be called when it
+        is chosen."""
+        own = distributed.is_nccl_available() and self.here <= torch.cuda.device_count()
+        if self.alone or not all(self.gather(own)):
+            return self
+        return replace(self, wire=distributed.new_group(backend="nccl", timeout=PATIENCE))
 
 
 def _bytes(tensor: Tensor) -> Tensor:
