@@ -18,6 +18,8 @@ from quantkit.recipe import Recipe
 from quantkit.solvers.group import aim
 from quantkit.solvers.pattern import Amount
 from quantkit.solvers.quadratic import row_losses, total
+from quantkit.solvers.restoring import restored as restored_on
+from quantkit.solvers.threads import OF_GPU
 
 if TYPE_CHECKING:
     from quantkit.calibration.norms import Norms
@@ -87,7 +89,7 @@ class Encoding:
         for name, solved in method.solve(found, params, targets, masks if amounts else None):
             unit = self.units[name]
             assert unit.weight is not None
-            value = torch.from_numpy(solved.coded.restore())
+            value = restored_on(solved.coded, found.hessian.device)
             if not self.written:
                 yield unit, Made({}, value, Report(0.0, 0.0))
                 continue
@@ -164,12 +166,13 @@ def as_weight(x: Array, spec: WeightSpec) -> Tensor:
 
 def compare(weight: Tensor, restored: Tensor, *, output_error: float | None = None, fallback: bool = False) -> Report:
     """How far a weight is from that of the source."""
-    error = norm = 0.0
-    weight = weight.cpu()
-    for start in range(0, len(weight), ROWS):
-        w, r = weight[start : start + ROWS].float(), restored[start : start + ROWS].float()
-        error += float((w - r).double().square().sum())
-        norm += float(w.double().square().sum())
+    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    step = ROWS if weight.device.type == "cpu" else OF_GPU
+    for start in range(0, len(weight), step):
+        w, r = weight[start : start + step].float(), restored[start : start + step].to(weight.device).float()
+        sums[0] += (w - r).square_().sum(dtype=torch.float64)
+        sums[1] += w.square().sum(dtype=torch.float64)
+    error, norm = sums.cpu().tolist()
     return Report(error, norm, output_error=output_error, fallback=fallback)
 
 

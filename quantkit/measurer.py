@@ -309,6 +309,7 @@ def _losses(
 
     from quantkit.solvers.group import FEWEST_TOKENS
     from quantkit.solvers.quadratic import row_losses
+    from quantkit.solvers.restoring import restored
 
     seen.complete()
     every = dict.fromkeys(option for name in seen.weights for option in job.mixing.options(job.params, specs[name]))
@@ -334,10 +335,10 @@ def _losses(
                 coded = trials[option].nearest(name, tried, seen.hessian)
             else:
                 coded = trials[option].solve(name, tried, seen.hessian, target=None, keep=None, factor=factor).coded
-            restored = torch.from_numpy(coded.restore()).to(weight.device)
+            value = restored(coded, weight.device)
             if option == whole:
-                other[name], restored = restored.cpu(), restored[rows]
-            lost = row_losses(some - restored, energy)
+                other[name], value = value.cpu(), value[rows]
+            lost = row_losses(some - value, energy)
             own[option] = float(f"{float((lost * weighing[rows]).sum()) * share:.6g}")
         found[name] = own
     for theirs in team.gather(found):

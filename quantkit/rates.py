@@ -339,6 +339,7 @@ def _matrices(n: int, device: torch.device) -> dict[str, float]:
     from quantkit.solvers.gptq import ridge_factor, step_toward
     from quantkit.solvers.group import RIDGE
     from quantkit.solvers.masks import wanda
+    from quantkit.solvers.restoring import restored
     from quantkit.solvers.sparsegpt import prune_columns
     from quantkit.torch_setup import fast_dtype
 
@@ -380,7 +381,7 @@ def _matrices(n: int, device: torch.device) -> dict[str, float]:
     def gptq() -> None:
         seen = Statistics({"w": weight}, {"w": ready}, hessian, tokens=n)
         for _, solved in solve(seen, params, {}, None):
-            value = torch.from_numpy(solved.coded.restore())
+            value = restored(solved.coded, device)
             pack(solved.coded, spec, params)
             compare(weight, value)
 
@@ -388,8 +389,8 @@ def _matrices(n: int, device: torch.device) -> dict[str, float]:
     assert trial is not None
 
     def mixed() -> None:
-        value = trial.solve("w", weight.float(), hessian, target=None, keep=None, factor=factor).coded.restore()
-        compare(weight, torch.from_numpy(value))
+        solved = trial.solve("w", weight.float(), hessian, target=None, keep=None, factor=factor)
+        compare(weight, restored(solved.coded, device))
 
     found["gptq"] = seconds(gptq) / cubed - found["factor"]
     found["exl2"] = seconds(mixed) / cubed

@@ -8,19 +8,20 @@ and kernels of a real GPU are not what this tells of.
 from __future__ import annotations
 
 import ctypes
+import gc
 import shutil
 import subprocess
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 GPU = torch.device("cuda", 0)
 # torch without CUDA has no guard to switch between its devices, nor has it one for the type of device that stands for
@@ -47,7 +48,13 @@ class Held:
         self._lock = threading.RLock()  # collected garbage gives back in the middle of taking
 
     def start(self) -> None:
+        self.left()
         self.peak = self.now
+
+    def left(self) -> int:
+        """Bytes that somebody still holds."""
+        gc.collect()
+        return self.now
 
     def take(self, tensor: torch.Tensor) -> tuple[int, int]:
         storage = tensor.untyped_storage()
@@ -98,24 +105,27 @@ class OnGpu(torch.Tensor):
         return f"OnGpu({self.inner!r})"
 
 
+def _inside(x: Any, tensors: list[torch.Tensor]) -> Any:
+    """What stands for a tensor in RAM, in lists, too; all tensors are noted. No closure: it would be a cycle."""
+    if isinstance(x, torch.Tensor):
+        tensors.append(x)
+        return x.inner if type(x) is OnGpu else x
+    return [_inside(y, tensors) for y in x] if type(x) in (list, tuple) else x
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors: list[torch.Tensor] = []
-
-    def inside(x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            tensors.append(x)
-        return x.inner if isinstance(x, OnGpu) else x
-
-    args, kwargs = tree_map(inside, args), tree_map(inside, kwargs)
+    args, kwargs = [_inside(x, tensors) for x in args], {key: _inside(x, tensors) for key, x in kwargs.items()}
     there = any(isinstance(x, OnGpu) for x in tensors)
     if there and str(func) not in MIXED and any(x.dim() for x in tensors if not isinstance(x, OnGpu)):
         raise RuntimeError(f"{func}: expected all tensors to be on the same device")
     out = there and (str(func) != "aten.copy_.default" or isinstance(tensors[0], OnGpu))
-    devices = [a.name for a in func._schema.arguments if a.name == "device"]
-    named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-    if devices and named.get("device") is not None:
-        out = torch.device(named["device"]).type in (GPU.type, STANDS_FOR)
-        args, kwargs = (), named | ({"device": torch.device("cpu")} if out else {})
+    names = _names(func)
+    if "device" in names:
+        named = dict(zip(names, args, strict=False)) | kwargs
+        if named.get("device") is not None:
+            out = torch.device(named["device"]).type in (GPU.type, STANDS_FOR)
+            args, kwargs = [], named | ({"device": torch.device("cpu")} if out else {})
     with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
         result = func(*args, **kwargs)
 
@@ -125,7 +135,14 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         same = next((t for t in tensors if isinstance(t, OnGpu) and t.inner is x), None)
         return OnGpu(x) if same is None else same
 
-    return tree_map(outside, result)
+    if type(result) is torch.Tensor:
+        return outside(result)
+    return type(result)(map(outside, result)) if isinstance(result, (list, tuple)) else result
+
+
+@cache
+def _names(func: Any) -> list[str]:
+    return [argument.name for argument in func._schema.arguments]
 
 
 class _Everywhere(TorchDispatchMode):

@@ -1,0 +1,208 @@
+"""`--device cuda` on a GPU that is not there (pretend_gpu): every tensor where it belongs, what is planned kept to, and
+the same losses as without."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from eval_models import build, quiet_transformers
+from pretend_gpu import Held, build_guards, pretend_gpu
+from test_resume import digests
+
+import quantkit
+from quantkit import api
+from quantkit.api import run_recipe
+from quantkit.calibration.room import APART
+from quantkit.errors import UsageError
+from quantkit.recipe import build_recipe
+from quantkit.solvers.coded import Coded
+from quantkit.solvers.exl2_coded import Exl2Coded, Groups
+from quantkit.solvers.exl2_scales import search_group
+from quantkit.solvers.restoring import restored
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+FREE = 4 << 30
+CALIBRATION = {"samples": 6, "length": 64}
+GPTQ = {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}
+SLOW = {
+    "desc_act": ("llama", {"quantize": {"method": "gptq", "bits": 3, "group_size": 32, "act_order": "group"}}),
+    "symmetric, one aim": ("llama", {"quantize": {"method": "gptq", "bits": 4, "sym": True, "effort": "low"}}),
+    "experts": ("mixtral", GPTQ),
+    "pruned and quantized": ("llama", {"prune": {"method": "sparsegpt", "pattern": "2:4"}, **GPTQ}),
+    "sparsegpt": ("mixtral", {"prune": {"method": "sparsegpt", "sparsity": 0.5}}),
+    "owl": ("llama", {"prune": {"method": "wanda", "sparsity": 0.5, "owl": True}}),
+    "transposed": ("gpt2", GPTQ),
+    "mixed gptq": ("llama", {"quantize": {"method": "gptq", "bits": 3.5}}),
+    "exl2": ("llama", {"quantize": {"method": "exl2", "bits": 4}}),
+    "exl2 of experts": ("mixtral", {"quantize": {"method": "exl2", "bits": 4}}),
+    "mixed bnb": ("llama", {"quantize": {"method": "bnb", "bits": 7}}),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    with quiet_transformers():
+        for kind in ("llama", "mixtral", "gpt2"):
+            build(folder / kind, kind, **({"num_hidden_layers": 1} if kind == "llama" else {}))
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,;:!?", k=4000)
+    (folder / "text.txt").write_text("".join(letters))
+    return folder
+
+
+@pytest.fixture
+def gpu(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    with pretend_gpu(build_guards(work), monkeypatch, FREE) as held:
+        yield held
+    assert held.left() == 0
+
+
+def job(work: Path, model: str, what: dict[str, Any], out: Path, device: str) -> dict[str, Any]:
+    found = {"source": str(work / model), "output": str(out), "resources": {"device": device, "threads": 1}, **what}
+    if "quantize" not in what or what["quantize"].get("method") in ("gptq", "exl2") or "." in str(what):
+        found["calibration"] = {"text": str(work / "text.txt"), **CALIBRATION}
+    return found
+
+
+def losses(folder: Path) -> dict[tuple[str, str], float]:
+    """By kind of linear, or by linear and mix where these were measured: linears alike may then change places."""
+    if (measured := folder.with_name(f"{folder.name}.measurement.json")).is_file():
+        found = json.loads(measured.read_text())["linears"]
+        return {(name, mix): loss for name, own in found.items() for mix, loss in own["losses"].items()}
+    errors = json.loads((folder / "quantkit.json").read_text())["errors"]
+    return {(e["kind"], key): e[key] for e in errors for key in ("mean", "output") if e.get(key) is not None}
+
+
+def same_as_without(work: Path, tmp_path: Path, gpu: Held, model: str, what: dict[str, Any]) -> None:
+    recipe = build_recipe(job(work, model, what, tmp_path / "there", "cuda"))
+    gpu.start()
+    run_recipe(recipe)
+    assert gpu.peak > 0
+    quantkit.verify(tmp_path / "there", source=str(work / model))
+    run_recipe(build_recipe(job(work, model, what, tmp_path / "here", "cpu")))
+    there, here = losses(tmp_path / "there"), losses(tmp_path / "here")
+    # Sums run in another order, and one code that is another has others follow: most where few tokens are seen.
+    assert there == {key: pytest.approx(value, rel=0.35) for key, value in here.items()}
+    assert here
+
+
+def test_nf4(work: Path, tmp_path: Path, gpu: Held) -> None:
+    same_as_without(work, tmp_path, gpu, "llama", {"quantize": {"bits": 4}})
+
+
+def test_gptq(work: Path, tmp_path: Path, gpu: Held) -> None:
+    same_as_without(work, tmp_path, gpu, "llama", GPTQ)
+
+
+def test_experts_pruned(work: Path, tmp_path: Path, gpu: Held) -> None:
+    same_as_without(work, tmp_path, gpu, "mixtral", {"prune": {"method": "wanda", "sparsity": 0.5}})
+
+
+def test_exl2_of_known_mixes(work: Path, tmp_path: Path, gpu: Held) -> None:
+    mixes = {"*": "0.5:5_64/0.5:4_64"}
+    same_as_without(work, tmp_path, gpu, "llama", {"quantize": {"method": "exl2", "bits": 5.5, "mixes": mixes}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more(work: Path, tmp_path: Path, gpu: Held, name: str) -> None:
+    same_as_without(work, tmp_path, gpu, *SLOW[name])
+
+
+def test_states_on_the_gpu_change_nothing(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for all of them, for some, and for none."""
+    made = {}
+    pruned = {"prune": {"sparsity": 0.5}}
+    planned = quantkit.plan(work / "mixtral", job(work, "mixtral", pruned, tmp_path, "cuda")).memory.layers
+    assert planned is not None
+    row = 4 * CALIBRATION["length"] * 64
+    for name, rows in (("all", 10_000), ("some", 4), ("none", 0)):
+        with pretend_gpu(build_guards(work), monkeypatch, planned.at_work + APART + rows * row) as held:
+            held.start()
+            run_recipe(build_recipe(job(work, "mixtral", pruned, tmp_path / name, "cuda")))
+            made[name] = held.peak
+        assert held.left() == 0
+    assert made["all"] > made["some"] > made["none"]
+    assert digests(tmp_path / "all") == digests(tmp_path / "some") == digests(tmp_path / "none")
+
+
+def test_evaluated_there(work: Path, gpu: Held) -> None:
+    text, windows = str(work / "text.txt"), {"windows": 3, "length": 32}
+    here = quantkit.evaluate(work / "llama", text, against=str(work / "llama"), **windows)
+    gpu.start()
+    there = quantkit.evaluate(work / "llama", text, against=str(work / "llama"), device="cuda", **windows)
+    assert gpu.peak > 0
+    assert there.perplexity == pytest.approx(here.perplexity, rel=1e-6)
+    assert there.against is not None
+    assert there.against.kl == 0
+
+
+@pytest.mark.parametrize("what", [GPTQ, {"prune": {"method": "sparsegpt", "sparsity": 0.5}}])
+def test_memory_is_as_planned(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: dict[str, Any]
+) -> None:
+    """Where there is no more than what is planned."""
+    with quiet_transformers():
+        build(tmp_path / "model", hidden_size=256, intermediate_size=768, num_hidden_layers=1)
+    recipe = job(work, "llama", what, tmp_path / "out", "cuda") | {"source": str(tmp_path / "model")}
+    planned = quantkit.plan(tmp_path / "model", recipe).memory.layers
+    assert planned is not None
+    with pretend_gpu(build_guards(work), monkeypatch, planned.at_work) as held:
+        held.start()
+        run_recipe(build_recipe(recipe))
+    assert planned.at_work / 4 < held.peak < planned.at_work
+    with (
+        pretend_gpu(build_guards(work), monkeypatch, planned.at_work - 1),
+        pytest.raises(UsageError, match="of GPU memory"),
+    ):
+        run_recipe(build_recipe(recipe | {"output": str(tmp_path / "more")}))
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_full_gpu_is_no_traceback(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from quantkit.cli import main
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(api, "run_recipe", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", str(work / "llama"), "-o", str(tmp_path / "out"), "--quiet"])
+    assert ended.value.code == 1
+    assert "memory is full" in capsys.readouterr().err
+
+
+def test_codes_are_the_same_numbers_there(gpu: Held) -> None:
+    drawn = np.random.default_rng(0)
+    codes = drawn.integers(0, 16, (70, 96), np.uint8)
+    scales, zeros = drawn.normal(0, 0.1, (70, 3)).astype(np.float16), drawn.integers(0, 16, (70, 3), np.uint8)
+    group = drawn.integers(0, 3, 96).astype(np.int32)
+    position = drawn.permutation(96).astype(np.int32)
+    maxima = np.array([0.5, 1e-4, 3e-6], np.float16)
+    of_exl2 = drawn.integers(0, 16, (70, 3), np.uint8)
+    for coded in (
+        Coded(4, codes, scales, zeros, group),
+        Exl2Coded(Groups((4, 3, 2), (32, 32, 32)), codes, of_exl2, maxima, position),
+    ):
+        there = restored(coded, torch.device("cuda"))
+        assert np.array_equal(there.cpu().numpy(), coded.restore())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_scales_of_exl2_are_the_same_there(gpu: Held, bits: int) -> None:
+    torch.manual_seed(bits)
+    weight, importance = torch.randn(90, 64) * 0.02, torch.rand(64)
+    weight[3], weight[5] = 0, weight[5] * 1e-6
+    here = search_group(weight, importance, bits)
+    there = search_group(weight.cuda(), importance.cuda(), bits)
+    assert torch.equal(here[0], there[0].cpu())
+    assert float((here[1] != there[1].cpu()).float().mean()) < 0.05  # where two lose the same
