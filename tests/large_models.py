@@ -29,7 +29,13 @@ KIMI_K2: dict[str, Any] = {
     "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_group": 1, "topk_group": 1,
     "max_position_embeddings": 131_072, "rope_theta": 5e4,
 }  # fmt: skip
+MISTRAL_7B: dict[str, Any] = {
+    "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+    "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None,
+}  # fmt: skip
 LARGE = {
+    "Mistral-7B": (MISTRAL_7B, 7_241_732_096),
     "Mixtral 8x22B": (MIXTRAL_8X22B, 140_620_634_112),
     "Llama 3.1 405B": (LLAMA_405B, 405_853_388_800),
     "Kimi K2": (KIMI_K2, 1_026_408_232_448),

@@ -12,9 +12,11 @@ from eval_models import build, quiet_transformers, text_of
 
 from quantkit import api, job_memory
 from quantkit.forecast import forecast
+from quantkit.plans import Plan
 from quantkit.recipe import load_recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+GPU_PAGE = PAGE.with_name("gpu.md")
 JOBS: dict[str, dict[str, Any]] = {
     "NF4": {"quantize.bits": 4},
     "Wanda": {"prune.method": "wanda", "prune.sparsity": 0.5},
@@ -36,8 +38,10 @@ CASES = [
     pytest.param(name, job, marks=[pytest.mark.slow] * ((name, job) in SLOW))
     for name in large_models.LARGE
     for job in JOBS
-    if (name, job) != ("Kimi K2", "EXL2")  # minutes
+    if name != "Mistral-7B" and (name, job) != ("Kimi K2", "EXL2")  # which is no large one; minutes
 ]
+ON_GPU = [("Mistral-7B", "Wanda"), ("Mistral-7B", "GPTQ"), ("Mixtral 8x22B", "GPTQ"), ("Llama 3.1 405B", "Wanda"),
+          ("Llama 3.1 405B", "GPTQ")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +63,25 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return source
 
 
-@pytest.mark.parametrize(("name", "job"), CASES)
-def test_plans_of_large_models(name: str, job: str, sources: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_memory, "multiplies_in_bf16", lambda: True)
-    source = sources(name)
-    options = {"source": str(source), "resources.threads": 2, **JOBS[job]}
+def planned(source: Path, job: str, device: str) -> Plan:
+    options = {"source": str(source), "resources.threads": 2, "resources.device": device, **JOBS[job]}
     if job != "NF4":
         text = source.parent / "text.txt"
         options |= {"calibration.text": str(text), "calibration.samples": ROWS, "calibration.length": LENGTH}
-    plan, _ = api.plan_recipe(load_recipe(None, options=options))
+    return api.plan_recipe(load_recipe(None, options=options))[0]
+
+
+@pytest.mark.parametrize(("name", "job"), ON_GPU)
+def test_memory_of_a_gpu(name: str, job: str, sources: Any) -> None:
+    plan = planned(sources(name), job, "cuda")
+    gpu, ram, states = (n / 1e9 for n in (plan.memory.gpu, plan.memory.peak, plan.scratch))
+    assert f"| {name} | {job} | {gpu:.1f} | {ram:.1f} | {states:.1f} |" in GPU_PAGE.read_text()
+
+
+@pytest.mark.parametrize(("name", "job"), CASES)
+def test_plans_of_large_models(name: str, job: str, sources: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_memory, "multiplies_in_bf16", lambda: True)
+    plan = planned(sources(name), job, "cpu")
     _, parameters = large_models.LARGE[name]
     assert plan.parameters == parameters
     found = forecast(plan, NODES, 0, None)
