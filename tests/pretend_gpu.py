@@ -34,9 +34,9 @@ C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>);
 C10_REGISTER_GUARD_IMPL(VE, NoOpDeviceGuardImpl<DeviceType::VE>);
 }
 """
-# Operations that take indices or a boolean mask from RAM beside a tensor on a GPU, and those that copy between the two.
-MIXED = {"aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default", "aten.copy_.default",
-         "aten._index_put_impl_.default"}  # fmt: skip
+# Operations that take indices or a mask from RAM beside a tensor on a GPU (but no values); one copies between the two.
+INDEXING = {"aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default", "aten._index_put_impl_.default"}
+COPY = "aten.copy_.default"
 
 
 class Held:
@@ -117,9 +117,12 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors: list[torch.Tensor] = []
     args, kwargs = [_inside(x, tensors) for x in args], {key: _inside(x, tensors) for key, x in kwargs.items()}
     there = any(isinstance(x, OnGpu) for x in tensors)
-    if there and str(func) not in MIXED and any(x.dim() for x in tensors if not isinstance(x, OnGpu)):
+    name, looked_at = str(func), tensors
+    if name in INDEXING:  # the tensor first, values last
+        looked_at = [tensors[0], *(tensors[-1:] if "put" in name else [])]
+    if there and name != COPY and any(x.dim() for x in looked_at if not isinstance(x, OnGpu)):
         raise RuntimeError(f"{func}: expected all tensors to be on the same device")
-    out = there and (str(func) != "aten.copy_.default" or isinstance(tensors[0], OnGpu))
+    out = there and (name != COPY or isinstance(tensors[0], OnGpu))
     names = _names(func)
     if "device" in names:
         named = dict(zip(names, args, strict=False)) | kwargs
