@@ -108,7 +108,7 @@ def plan_layers(
     activations = FLOAT * stream.length * (4 * stream.width + 4 * largest)
     base = BASE if device == "cpu" else BASE_GPU
     scratch = FLOAT * tokens * max(_kept(layer, stream) for layer in layers)
-    weights = max(_weights(layer, whole=stream.head is not None) for layer in layers)
+    weights = max(map(_weights, layers))
     weights = max(FLOAT * stream.embedding * stream.width, weights)
     gradients = 0
     if stream.head is not None:
@@ -117,13 +117,16 @@ def plan_layers(
         # The head as it is on disk, and in parts that autograd keeps; logits, probabilities, their sums and gradients.
         stored = layers[0].itemsize
         gradients = max(saved, (FLOAT + stored) * matrix + 10 * FLOAT * TOKENS * vocabulary)
-        # Weights of one kind as a trial has them, read from where a layer's lie; hidden states of the model and of one
-        # for each kind of linear.
-        gradients = max(gradients, *(FLOAT * _one_kind(layer) for layer in layers))
+        # A weight as a trial has it, read from where a layer's lie; hidden states of the model and of one for each kind
+        # of linear, and what experts get and give in each.
+        gradients = max(gradients, *(FLOAT * math.prod(shape) for shape in everything))
         scratch += max(FLOAT * _numbers((*layer.linears, *layer.of_experts)) for layer in layers)
         kinds = max(len(layer.linears) + EXPERT_KINDS * bool(layer.experts) for layer in layers)
-        scratch += FLOAT * 2 * (kinds + 1) * TRIAL_ROWS * SHORT * stream.width
-        scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * stream.width * (len(layers) + 2))
+        sent = stream.sent if any(layer.experts for layer in layers) else 0
+        routed = sent * (2 * stream.width + 3)
+        scratch += FLOAT * (kinds + 1) * TRIAL_ROWS * SHORT * (2 * stream.width + routed)
+        states = stream.width * (len(layers) + 2) + (routed + (sent + 1) * stream.width if sent else 0)
+        scratch = max(scratch, FLOAT * SHORT_ROWS * SHORT * states)
     memory = LayerMemory(base, weights, solver, activations, scratch, gradients, device != "cpu")
     if limit is not None and memory.peak > limit:
         raise UsageError(
@@ -146,11 +149,9 @@ def _kept(layer: LayerShape, stream: StreamShape) -> int:
     return kept
 
 
-def _weights(layer: LayerShape, *, whole: bool) -> int:
-    """Bytes of a layer's parameters. whole: those of all experts, otherwise of one, and a new weight of it beside."""
+def _weights(layer: LayerShape) -> int:
+    """Bytes of a layer's parameters: of its experts those of one, and a new weight of it beside."""
     alone = FLOAT * layer.others + layer.loaded * _numbers(layer.linears)
-    if whole:
-        return alone + FLOAT * sum(x.others for x in layer.experts) + layer.loaded * _numbers(layer.of_experts)
     return alone + max((_weights_of_one(expert, layer.loaded) for expert in layer.experts), default=0)
 
 
@@ -161,11 +162,6 @@ def _weights_of_one(expert: ExpertShape, loaded: int) -> int:
 
 def _numbers(shapes: Shapes) -> int:
     return sum(rows * columns for rows, columns in shapes)
-
-
-def _one_kind(layer: LayerShape) -> int:
-    """Weights of the linears of one kind at the most: of all experts, two of their three matrices may be one."""
-    return max([2 * _numbers(layer.of_experts) // 3, *map(math.prod, layer.linears)])
 
 
 def _widths(layer: LayerShape) -> set[int]:

@@ -81,23 +81,53 @@ class Routed:
 
     def add(self, row: int, expert: int, result: torch.Tensor) -> None:
         """Takes what an expert gives of what it gets of a row."""
+        self.put(self.results, row, expert, result)
+
+    def beside(self, name: str, files: ExitStack) -> HiddenStates:
+        """One more file of that size, for something else of what experts get. name: what its name ends with."""
+        rows, tokens, width = self.results.shape
+        path = self.results.path
+        states = HiddenStates(path.with_name(f"{path.name}-{name}"), rows, tokens, width, self.results.dtype)
+        files.callback(states.remove)
+        states.extend()
+        return states
+
+    def put(self, states: HiddenStates, row: int, expert: int, result: torch.Tensor) -> None:
+        """Writes an expert's part of a row, [its tokens, hidden], into such a file."""
         first, last = self._place(row, expert)
         assert len(result) == last - first
-        self.results.write_part(row, first, result)
+        states.write_part(row, first, result)
 
     def total(self, row: int) -> torch.Tensor:
         """What the module gives of a row, once all experts have given: [tokens, hidden], summed in their order."""
+        return self.sums(row, self.results, scaled=True)
+
+    def sums(self, row: int, results: HiddenStates, *, scaled: bool) -> torch.Tensor:
+        """The same of any such file, scaled by what experts' results are multiplied with, or as it is."""
         index = self.index.read(row)
         order, token = _by_expert(index)
         scale, token = self.weights.read(row).flatten()[order].to(self.device), token.to(self.device)
-        dtype = self.results.dtype
-        sums = torch.zeros((len(index), self.results.shape[2]), dtype=dtype, device=self.device)
+        sums = torch.zeros((len(index), results.shape[2]), dtype=results.dtype, device=self.device)
         for expert in range(self.count):
             first, last = self._place(row, expert)
             if last > first:
-                result = self.results.read_part(row, first, last - first, self.device) * scale[first:last, None]
-                sums.index_add_(0, token[first:last], result.to(dtype))
+                result = results.read_part(row, first, last - first, self.device)
+                result = result * scale[first:last, None] if scaled else result
+                sums.index_add_(0, token[first:last], result.to(sums.dtype))
         return sums
+
+    def by_place(self, row: int, values: torch.Tensor) -> torch.Tensor:
+        """[tokens, k] of what was found for each token of one expert after the other."""
+        index = self.index.read(row)
+        order = _by_expert(index)[0].to(values.device)
+        return torch.empty_like(values).index_copy_(0, order, values).reshape(index.shape)
+
+    def sent(self, row: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens of a row an expert gets, int64 [n], and what its results are multiplied with, [n]."""
+        first, last = self._place(row, expert)
+        order, token = _by_expert(self.index.read(row))
+        scale = self.weights.read(row).flatten()[order[first:last]]
+        return token[first:last].to(self.device), scale.to(self.device)
 
     def remove(self) -> None:
         for states in (self.hidden, self.results, self.index, self.weights):

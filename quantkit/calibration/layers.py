@@ -104,13 +104,6 @@ class Experts:
             yield layer
 
 
-def loaded(
-    skeleton: Skeleton, weights: Weights, index: int, wanted: Mapping[str, Linear], compute: torch.dtype
-) -> AbstractContextManager[Layer]:
-    """A layer with all of its parameters in memory; `wanted` are its linears, taken over by `Layer.linears`."""
-    return _filled(Source(skeleton, weights, compute), skeleton.layers[index], skeleton.inside[index], wanted)
-
-
 def loaded_but_experts(source: Source, index: int, wanted: Mapping[str, Linear]) -> AbstractContextManager[Layer]:
     """A layer with its parameters in memory but those of experts."""
     skeleton = source.skeleton

@@ -6,7 +6,9 @@ Amari 1998). So g² weighs the errors of weights in nats. Which outputs it is la
 g² of token t and output o is taken to be in proportion to Σ over outputs for t times Σ over tokens for o. Tokens differ
 by orders of magnitude, and those with the largest inputs, the first of a text above all, matter least.
 
-The text goes forward once, every layer's input kept on disk, and back once, a layer in memory at a time.
+The text goes forward once, every layer's input kept on disk, and back once, a layer in memory at a time, and of its
+experts one. These are not gone back through where they are called: first it is found what the gradient is by what they
+give, of all rows; then each expert has its turn, with all rows; then the layer is gone back through once more.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ from typing import Any
 
 import torch
 
+from quantkit.calibration.backward import Backward
+from quantkit.calibration.experts import Routed
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.layers import Layer, Linear, hidden_width, loaded
-from quantkit.calibration.rows import apply_linear
+from quantkit.calibration.layers import Layer, Linear, Source, hidden_width, loaded_but_experts
+from quantkit.calibration.rows import Routing
 from quantkit.calibration.skeleton import Call, Skeleton, Weights
+from quantkit.calibration.variants import Variant, none, through_layer
+from quantkit.solvers.team import ALONE
 
 SEED = 20240229  # of the tokens that are drawn
 TOKENS = 64  # whose logits are there at a time
@@ -72,11 +78,11 @@ class Sensitivity:
                     before[0].write(row, x)
                 calls = [_ordinary(call) for call in calls]
             for index in range(count):
-                with self._loaded(index) as layer:
-                    layer.linears.answer = partial(_given, layer.ready)
-                    for row in range(rows):
-                        x = self.skeleton.run(index, before[index].read(row, self.skeleton.device), calls[index])
-                        before[index + 1].write(row, x.detach())
+                with self._loaded(index) as layer, ExitStack() as files, torch.no_grad():
+                    variant = Variant(
+                        partial(self._run, index, calls[index], before[index]), before[index + 1].write, none
+                    )
+                    through_layer(layer, [variant], range(rows), partial(self._routed, files))
                 done(index)
             gradients = states("gradients")
             self._from_logits(before[-1], gradients)
@@ -88,7 +94,11 @@ class Sensitivity:
         return found
 
     def _loaded(self, index: int) -> AbstractContextManager[Layer]:
-        return loaded(self.skeleton, self.weights, index, self.linears[index], self.compute)
+        return loaded_but_experts(Source(self.skeleton, self.weights, self.compute), index, self.linears[index])
+
+    def _routed(self, files: ExitStack, name: str, like: Routing, count: int) -> Routed:
+        path, (rows, length) = self.scratch / f"gradients-{name}", self.ids.shape
+        return Routed(path, (rows, length), like, count, files, self.skeleton.device, ALONE)
 
     def _from_logits(self, states: HiddenStates, gradients: HiddenStates) -> None:
         """The gradients by what leaves the last layer, of a token drawn at every place."""
@@ -109,36 +119,18 @@ class Sensitivity:
     def _back(
         self, index: int, call: Call, layer: Layer, before: HiddenStates, gradients: HiddenStates
     ) -> dict[str, Squares]:
-        sums: dict[str, torch.Tensor] = {}
-        linears = self.linears[index]
-        tokens = {name: torch.zeros(before.shape[:2]) for name, linear in linears.items() if not linear.expert}
-        row = 0
-
-        def noted(name: str, x: torch.Tensor) -> torch.Tensor:
-            y = _given(layer.ready, name, x)
-
-            def add(g: torch.Tensor) -> None:
-                squares = g.reshape(-1, g.shape[-1]).double().square()
-                part = squares.sum(0)
-                sums[name] = sums[name] + part if name in sums else part
-                if name in tokens:
-                    tokens[name][row] += squares.sum(1).cpu()
-
-            y.register_hook(add)  # type: ignore[no-untyped-call]
-            return y
-
-        layer.linears.answer = noted
-        for row in range(before.shape[0]):
-            x = before.read(row, self.skeleton.device).requires_grad_()
-            self.skeleton.run(index, x, call).backward(gradients.read(row, self.skeleton.device))  # type: ignore[no-untyped-call]
-            assert x.grad is not None
-            gradients.write(row, x.grad)
+        with ExitStack() as files:
+            step, routed = partial(self._step, index, call), partial(self._routed, files)
+            back = Backward(layer, step, before, gradients, routed, self.scratch / "gradients")
+            back.run()
         count = self.ids.numel()
-        return {name: Squares(part / count, tokens.get(name)) for name, part in sums.items()}
+        return {name: Squares(part / count, back.tokens.get(name)) for name, part in back.sums.items()}
 
+    def _step(self, index: int, call: Call, x: torch.Tensor) -> torch.Tensor:
+        return self.skeleton.run(index, x, call)
 
-def _given(ready: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    return apply_linear(x, ready[name])
+    def _run(self, index: int, call: Call, before: HiddenStates, row: int) -> torch.Tensor:
+        return self._step(index, call, before.read(row, self.skeleton.device))
 
 
 def _drawn(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from quantkit.calibration.experts import Routed
 from quantkit.calibration.hidden import HiddenStates
-from quantkit.calibration.layers import Linear, hidden_width, loaded
-from quantkit.calibration.rows import apply_linear
+from quantkit.calibration.layers import Linear, Source, hidden_width, loaded_but_experts
+from quantkit.calibration.rows import Routing
 from quantkit.calibration.skeleton import Call, Skeleton, Weights
+from quantkit.calibration.variants import Variant, through_layer
+from quantkit.solvers.team import ALONE
 
 EVERY = 4  # of the tokens, one in so many is predicted
 TOKENS = 16  # whose logits are there at a time, of two models
@@ -84,17 +87,31 @@ class Trials:
     @torch.inference_mode()
     def layer(self, index: int) -> None:
         """With the other weights that were kept of it, which are gone then."""
-        with loaded(self.skeleton, self.weights, index, self.linears[index], self.compute) as layer:
-            for kind, states in self.states.items():
-                others = {name: self._other(name) for name in self.others if self.kinds[name] == kind}
-                layer.linears.answer = partial(_answer, {**layer.ready, **others})
-                for row in range(len(self.ids)):
-                    x = states[index % 2].read(row, self.skeleton.device)
-                    states[(index + 1) % 2].write(row, self.skeleton.run(index, x, self.calls[index]))
-                states[(index + 1) % 2].sync()
+        source, wanted = Source(self.skeleton, self.weights, self.compute), self.linears[index]
+        with loaded_but_experts(source, index, wanted) as layer, ExitStack() as files:
+
+            def routed(name: str, like: Routing, count: int) -> Routed:
+                path, (rows, length) = self.folder / f"trial-routed-{name}", self.ids.shape
+                return Routed(path, (rows, length), like, count, files, self.skeleton.device, ALONE)
+
+            variants = [self._variant(kind, index) for kind in self.states]
+            through_layer(layer, variants, range(len(self.ids)), routed)
+        for states in self.states.values():
+            states[(index + 1) % 2].sync()
         for path, _ in self.others.values():
             path.unlink()
         self.others = {}
+
+    def _variant(self, kind: str, index: int) -> Variant:
+        before, after = self.states[kind][index % 2], self.states[kind][(index + 1) % 2]
+
+        def run(row: int) -> torch.Tensor:
+            return self.skeleton.run(index, before.read(row, self.skeleton.device), self.calls[index])
+
+        def others(names: Sequence[str]) -> dict[str, torch.Tensor]:
+            return {name: self._other(name) for name in names if name in self.others and self.kinds[name] == kind}
+
+        return Variant(run, after.write, others)
 
     @torch.inference_mode()
     def divergences(self) -> dict[str, float]:
@@ -115,10 +132,6 @@ class Trials:
         for states in self.states.values():
             for state in states:
                 state.close()
-
-
-def _answer(weights: Mapping[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    return apply_linear(x, weights[name])
 
 
 def _parts(tokens: range) -> Iterable[list[int]]:

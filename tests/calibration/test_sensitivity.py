@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 import torch
 from eval_models import build, quiet_transformers
-from mixed_models import streamed
+from mixed_models import Streamed, streamed
 from transformers import AutoModelForCausalLM
 
 from quantkit.calibration.energies import Energies, read_squares, to_bytes
-from quantkit.calibration.sensitivity import SEED, Sensitivity, Squares, _drawn
+from quantkit.calibration.sensitivity import SEED, Sensitivity, Squares, _drawn, _ordinary
 from quantkit.calibration.statistics import Statistics
 from quantkit.calibration.stream import Stream
 
@@ -80,6 +82,51 @@ def test_squares_and_energies_are_those_of_the_whole_model(tmp_path: Path) -> No
         a = gradients[name].square().sum(2)
         wanted = torch.einsum("rt,rti,rtj->ij", a, x, x) / a.sum()
         torch.testing.assert_close(energies[name], wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def split(made: Streamed, ids: torch.Tensor) -> Tensors:
+    """The same of a model with experts, whose weights are all in memory: Σ g² over all tokens, by linear."""
+    skeleton, weights = made.parts
+    sums: Tensors = {}
+    for places in skeleton.inside:
+        skeleton.fill(places, weights)
+    for name, linear in ((n, x) for layer in made.layers for n, x in layer.items()):
+
+        def add(g: torch.Tensor, name: str = name) -> None:
+            sums[name] = sums.get(name, torch.zeros(())) + g.reshape(-1, g.shape[-1]).double().square().sum(0)
+
+        def note(_module: object, _x: object, y: torch.Tensor, add: Callable[[torch.Tensor], None] = add) -> None:
+            y.register_hook(add)  # type: ignore[no-untyped-call]
+
+        skeleton.model.get_submodule(linear.place.module).register_forward_hook(note)
+    generator = torch.Generator().manual_seed(SEED)
+    with skeleton.embedded(weights, ids) as (hidden, calls):
+        rows, calls = [x.clone() for x in hidden], [_ordinary(call) for call in calls]
+    logits = skeleton.logits(weights, gradients=True)
+    for row in rows:
+        x = row.requires_grad_()
+        for index, call in enumerate(calls):
+            x = skeleton.run(index, x, call)
+        scores = logits(x)
+        drawn = _drawn(scores.detach(), generator)
+        torch.nn.functional.cross_entropy(scores, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    return sums
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_experts_one_by_one_give_what_they_give_together(tmp_path: Path, kind: str) -> None:
+    source = build(tmp_path / "source", kind)
+    ids = torch.randint(3, 250, SHORT, generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with streamed(source) as made:
+        found = Sensitivity(*made.parts, ids, made.layers, scratch, torch.float32).run()
+    with streamed(source) as made:
+        wanted = split(made, ids)
+    assert any(".experts." in name for name in found)
+    assert found.keys() == {name for name, total in wanted.items() if total.any()}
+    for name, own in found.items():
+        torch.testing.assert_close(own.outputs * ids.numel(), wanted[name], rtol=1e-3, atol=1e-9)
 
 
 def test_without_gradients_all_tokens_count_alike() -> None:
