@@ -200,14 +200,18 @@ class Report:
     def __init__(self, path: Path | None, arguments: Mapping[str, str]) -> None:
         self.path, self.arguments, self.rows, self.told = path, arguments, list[Facts](), Facts()
         self.columns: list[Column] = []
+        self.due = ""
 
     def table(self, title: str, columns: list[Column]) -> None:
+        """Is printed with its first row, or not at all."""
         self.told["table"], self.columns = title, columns
         heads = "".join(f" {head} |".replace("  ", " ") for head, _ in columns)
         lines = "".join("--:|" if head else "---|" for head, _ in columns)
-        print(f"\n### {title}\n\n| |{heads}\n|---|{lines}", flush=True)
+        self.due = f"\n### {title}\n\n| |{heads}\n|---|{lines}\n"
 
     def row(self, name: str, **facts: Any) -> None:
+        print(self.due, end="")
+        self.due = ""
         self.rows.append({**self.told, "name": name, **facts})
         cells = [name, *(form(facts) for _, form in self.columns)]
         print("| " + " | ".join(re.sub(r"[|\s]+", " ", cell) for cell in cells) + " |", flush=True)
