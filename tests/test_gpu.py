@@ -24,7 +24,7 @@ from quantkit.errors import UsageError
 from quantkit.recipe import build_recipe
 from quantkit.solvers.coded import Coded
 from quantkit.solvers.exl2_coded import Exl2Coded, Groups
-from quantkit.solvers.exl2_scales import search_group
+from quantkit.solvers.exl2_scales import search_alike, search_group
 from quantkit.solvers.restoring import restored
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -200,9 +200,9 @@ def test_codes_are_the_same_numbers_there(gpu: Held) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_scales_of_exl2_are_the_same_there(gpu: Held, bits: int) -> None:
     torch.manual_seed(bits)
-    weight, importance = torch.randn(90, 64) * 0.02, torch.rand(64)
-    weight[3], weight[5] = 0, weight[5] * 1e-6
-    here = search_group(weight, importance, bits)
-    there = search_group(weight.cuda(), importance.cuda(), bits)
-    assert torch.equal(here[0], there[0].cpu())
-    assert float((here[1] != there[1].cpu()).float().mean()) < 0.05  # where two lose the same
+    weight, importance = torch.randn(3, 90, 64) * 0.02, torch.rand(3, 64)
+    weight[:, 3], weight[:, 5], weight[2] = 0, weight[:, 5] * 1e-6, weight[2] * 30
+    here = [search_group(one, own, bits) for one, own in zip(weight, importance, strict=True)]
+    maxima, codes = search_alike(weight.cuda(), importance.cuda(), bits)
+    assert torch.equal(torch.cat([found[0] for found in here]), maxima.cpu())
+    assert float((torch.stack([found[1] for found in here]) != codes.cpu()).float().mean()) < 0.05  # some lose the same

@@ -17,7 +17,7 @@ from torch import Tensor
 from quantkit.kernels.exl2_scales import LEVELS
 from quantkit.solvers.columns import solve_columns
 from quantkit.solvers.exl2_coded import Exl2Coded, Groups, real_scales
-from quantkit.solvers.exl2_scales import search_group
+from quantkit.solvers.exl2_scales import search_alike, search_group
 from quantkit.solvers.factor import Factor, factorize
 from quantkit.solvers.gptq import Solved, processing_order, report_of
 from quantkit.solvers.grids import normalized
@@ -26,6 +26,8 @@ from quantkit.solvers.quadratic import row_losses
 from quantkit.solvers.refine import descend, refit
 from quantkit.solvers.team import ALONE, Team
 from quantkit.solvers.threads import parts
+
+AT_ONCE = 2**18  # scales that a GPU searches for at once: 200 MB of losses and places
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,33 @@ def search(weight: Tensor, groups: Groups, group: Tensor, importance: Tensor | N
     codes = torch.empty((len(groups.bits), weight.shape[0]), dtype=torch.uint8, device=weight.device)
     maxima = torch.empty(len(groups.bits), dtype=torch.float16, device=weight.device)
 
-    def one(run: slice) -> None:
-        columns = (group == run.start).nonzero().flatten()
-        bits = groups.bits[run.start]
-        maxima[run], codes[run.start] = search_group(weight[:, columns], weighing[columns], bits)
+    by_group = group.long().argsort(stable=True)
 
-    every = [slice(number, number + 1) for number in range(len(groups.bits))]
-    team.compute(one, every, [codes, maxima], weight.device)
+    def some(run: slice) -> None:
+        columns, bits = by_group[groups.starts[run.start] : groups.starts[run.stop]], groups.bits[run.start]
+        own, count = weight[:, columns], run.stop - run.start
+        if weight.device.type == "cpu":
+            maxima[run], codes[run.start] = search_group(own, weighing[columns], bits)
+        else:
+            alike = own.reshape(len(own), count, -1).transpose(0, 1).contiguous()
+            maxima[run], codes[run] = search_alike(alike, weighing[columns].reshape(count, -1), bits)
+
+    most = 1 if weight.device.type == "cpu" else max(AT_ONCE // len(weight), 1)
+    team.compute(some, _alike(groups, most), [codes, maxima], weight.device)
     return _Scales.of(codes.T.contiguous(), maxima)
+
+
+def _alike(groups: Groups, most: int) -> list[slice]:
+    """Runs of at most so many groups of one width and one size."""
+    found: list[slice] = []
+    kinds = list(zip(groups.bits, groups.rows, strict=True))
+    for number, kind in enumerate(kinds):
+        run = found[-1] if found else slice(0, 0)
+        if run.stop and kinds[run.start] == kind and run.stop - run.start < most:
+            found[-1] = slice(run.start, number + 1)
+        else:
+            found.append(slice(number, number + 1))
+    return found
 
 
 def nearest(weight: Tensor, groups: Groups, position: Tensor) -> Exl2Coded:
