@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-STATES = 1 << 17  # choices kept at a time
+STATES, FEWEST = 1 << 17, 1 << 8  # choices kept at a time: fewer, if there are many items, but not fewer than these
+HISTORY = 1 << 28  # bytes for how each of them came about, item by item
 _SLACK = 1e-12  # of the loss: sums of floats in another order
 
 
@@ -154,8 +155,8 @@ def _search(
     cheapest = [min(options[j].cost for j in js) for options, js in zip(useful, kept, strict=True)]
     rest_cost = np.append(np.cumsum(cheapest[::-1])[::-1][1:], 0)
     cost, loss = np.zeros(1, np.int64), np.zeros(1)
-    history: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
-    exact = True
+    history: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int16]]] = []
+    exact, states = True, min(STATES, max(HISTORY // (6 * len(useful)), FEWEST))
     for item, (options, js) in enumerate(zip(useful, kept, strict=True)):
         costs = np.add.outer(cost, np.array([options[j].cost for j in js], np.int64)).ravel()
         losses = np.add.outer(loss, np.array([options[j].loss for j in js])).ravel()
@@ -165,13 +166,13 @@ def _search(
         # Of rising costs, those that are below all that cost no more.
         before = np.minimum.accumulate(losses[keep])
         keep = keep[np.append(True, losses[keep][1:] < before[:-1])] if keep.size else keep
-        if keep.size > STATES:
+        if keep.size > states:
             exact = False
-            keep = np.sort(keep[np.argsort(least[keep], kind="stable")[:STATES]])
+            keep = np.sort(keep[np.argsort(least[keep], kind="stable")[:states]])
             keep = keep[np.argsort(costs[keep], kind="stable")]
         if not keep.size:
             return None, exact
-        history.append((keep // len(js), js[keep % len(js)]))
+        history.append(((keep // len(js)).astype(np.int32), js[keep % len(js)].astype(np.int16)))
         cost, loss = costs[keep], losses[keep]
     at = int(np.argmin(loss))
     chosen: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -121,3 +122,19 @@ def test_items_without_options_or_with_infinite_losses_are_refused() -> None:
     for options in ([], [Option(1, math.inf)], [Option(1, math.nan)]):
         with pytest.raises(ValueError, match="a: an item needs options"):
             allocate({"a": options}, 5)
+
+
+def test_of_many_items_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 256 choices an item; what that may have cost is in the bound, and is next to nothing."""
+    random = np.random.default_rng(3)
+    items = {
+        f"{i:04}": [Option(int(c), float(w / c**2)) for c in range(2, 9)] for i, w in enumerate(random.random(600))
+    }
+    whole = allocate(items, 2400)
+    monkeypatch.setattr(allocation, "HISTORY", 0)
+    tracemalloc.start()
+    found = allocate(items, 2400)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 600 * 256 * 6 * 4
+    assert found.bound <= whole.loss <= found.loss <= whole.loss * 1.001
