@@ -64,7 +64,10 @@ def can_resume(plan: Plan, out: Path, done: LayersDone) -> bool:
     """Whether the hidden states that the next layer needs are there."""
     if plan.tokens is None:
         return True
-    nbytes = plan.tokens.ids.size * hidden_width(plan.config) * 4
+    from quantkit.calibration.hidden import row_bytes
+
+    rows, length = plan.tokens.ids.shape
+    nbytes = rows * row_bytes(length, hidden_width(plan.config), 4)
     files = [scratch(out) / f"{name}-{done.layers % 2}" for name in plan.streams]
     return all(file.is_file() and file.stat().st_size == nbytes for file in files)
 

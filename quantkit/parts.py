@@ -228,10 +228,18 @@ def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> No
 
 
 def _read_job(out: Path) -> dict[str, Any] | None:
+    """A filesystem between machines may remember for a while that there was no such file, or what was in its place; in
+    the folder's list it is there."""
     path = out / FOLDER / JOB
-    if not path.exists():
-        return None
-    found = read_json(path)
+    for _ in range(RETRIES):
+        if not path.parent.is_dir() or JOB not in os.listdir(path.parent):
+            return None
+        with suppress(FileNotFoundError, SourceError):
+            found = read_json(path)
+            break
+        time.sleep(PAUSE)
+    else:
+        found = read_json(path)
     if not {"id", "plan", "parts", "stamps", "recipe", "files"} <= found.keys() or type(found["parts"]) is not int:
         raise OutputError(
             "the job's description is damaged", where=str(path), hint="delete the folder, and begin again"

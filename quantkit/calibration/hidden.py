@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from quantkit.calibration.room import Room
-from quantkit.checkpoint.system import sync_data
+from quantkit.checkpoint.system import PAGE, sync_data
 from quantkit.checkpoint.writer import by_the_byte, write_error
 from quantkit.errors import RunError
 from quantkit.solvers.team import Team
@@ -38,7 +38,7 @@ class HiddenStates:
         lasting: bool = False,
     ) -> None:
         self.path, self.shape, self.dtype = path, (rows, length, width), dtype
-        self.row_bytes = length * width * dtype.itemsize
+        self.row_bytes = row_bytes(length, width, dtype.itemsize)
         self.room, self.lasting = room, lasting
         self._shapes: dict[int, torch.Size] = {}
         self._there: dict[int, torch.Tensor] = {}  # rows on the GPU
@@ -147,6 +147,12 @@ class HiddenStates:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def row_bytes(length: int, width: int, itemsize: int) -> int:
+    """From a row to the next in a file: whole pages. On a filesystem between machines, two that each write their rows
+    would otherwise write into one page, and each has the page as it was before the other's."""
+    return -(-length * width * itemsize // PAGE) * PAGE
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
