@@ -474,7 +474,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout = None  # it may be what failed, and the interpreter would try once more
         console.error(RunError(f"the system refused: {e.strerror or e}", where=str(e.filename or "")))
         sys.exit(1)
-    except RuntimeError as e:
+    except (KeyboardInterrupt, click.Abort):
+        interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
+        console.error(interrupted)
+        sys.exit(interrupted.exit_code)
+    except RuntimeError as e:  # click's Abort is one, too, and was caught above
         if type(e).__name__ != "OutOfMemoryError":  # torch's, of a GPU
             raise
         full = RunError(
@@ -483,8 +487,4 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         )  # fmt: skip
         console.error(full)
         sys.exit(full.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
-        console.error(interrupted)
-        sys.exit(interrupted.exit_code)
     sys.exit(0)
