@@ -294,7 +294,7 @@ print(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split
 @pytest.mark.slow
 @pytest.mark.parametrize("job", [
     {"quantize": {"method": "gptq", "bits": 4, "group_size": 128}}, {"prune": {"sparsity": 0.5}},
-    {"prune": {"sparsity": 0.5, "owl": True}}, {"quantize": {"method": "exl2", "bits": 4}},
+    {"prune": {"sparsity": 0.5, "owl": True}},
 ])  # fmt: skip
 def test_the_plan_counts_one_expert_and_is_kept(tmp_path: Path, job: dict[str, Any]) -> None:
     """Peak RSS of a run in a process of its own is below the plan. With the whole layer in memory, 400 MB in float32,
