@@ -29,7 +29,7 @@ class Backward:
     """Of one layer. step: takes hidden states [1, length, width] through it. before: what enters it, by row.
     gradients: by what leaves it, by row; `run` puts those by what enters it in their place. routed(a name, what a
     module of experts is called with, how many there are): files for what they get and give. scratch: begins the names
-    of other files.
+    of other files. device: where the layer is.
 
     Found: sums, by linear Σ g² over all tokens, g the gradient by what it gives, float64 [out]; tokens, Σ g² over all
     outputs, float32 [rows, length], of linears that are no experts.
@@ -43,10 +43,11 @@ class Backward:
         gradients: HiddenStates,
         routed: Callable[[str, Routing, int], Routed],
         scratch: Path,
+        device: torch.device,
     ) -> None:
         self.layer, self.step, self.before, self.gradients = layer, step, before, gradients
         self.routed, self.scratch = routed, scratch
-        self.device = next(iter(layer.ready.values())).device if layer.ready else torch.device("cpu")
+        self.device = device
         self.sums: dict[str, torch.Tensor] = {}
         self.tokens = {name: torch.zeros(before.shape[:2]) for name in layer.ready}
         self._row = 0

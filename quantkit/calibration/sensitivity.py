@@ -121,7 +121,8 @@ class Sensitivity:
     ) -> dict[str, Squares]:
         with ExitStack() as files:
             step, routed = partial(self._step, index, call), partial(self._routed, files)
-            back = Backward(layer, step, before, gradients, routed, self.scratch / "gradients")
+            scratch, device = self.scratch / "gradients", self.skeleton.device
+            back = Backward(layer, step, before, gradients, routed, scratch, device)
             back.run()
         count = self.ids.numel()
         return {name: Squares(part / count, back.tokens.get(name)) for name, part in back.sums.items()}
