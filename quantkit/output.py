@@ -19,7 +19,7 @@ from quantkit.plots import LAYERS
 PARTIALS = (".safetensors" + PARTIAL, ".pth" + PARTIAL)
 COMMITS = ("config.json", "params.json")  # written last, one or the other: see layouts.Target.config_file
 EVALUATION = "evaluation.json"
-JOB = "job.json"  # in OUT/.quantkit: the job is done in parts
+JOB, FILES = "job.json", "files.json"  # in OUT/.quantkit: the job is done in parts, and these are its files
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 

@@ -2,14 +2,13 @@
 
 Every part makes the same plan, takes its units of it, and writes them where they belong in files that all of them open.
 What is done is in a journal of each part's own. `finish` reads all journals, hashes what no part had whole, and makes a
-model of the folder. OUT/.quantkit holds the journals and `job.json`: which plan it is, of how many parts, from which
-source, and which files they write to.
+model of the folder. OUT/.quantkit holds the journals, `job.json`: which plan it is, of how many parts, from which
+source; and `files.json`: which files they write to.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 import uuid
@@ -26,13 +25,14 @@ import yaml
 
 from quantkit.checkpoint.header import fsync_directory
 from quantkit.checkpoint.journal import FOLDER, Journal
-from quantkit.checkpoint.reader import SourceFiles, read_json
-from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, write_file
+from quantkit.checkpoint.reader import SourceFiles
+from quantkit.checkpoint.shared import PAUSE, RETRIES, open_or_create, read_if_there, write_once
+from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error
 from quantkit.console import Console
 from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
-from quantkit.output import JOB, check_place, is_finished
+from quantkit.output import FILES, JOB, check_place, is_finished
 from quantkit.plans import Plan, Unit
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publish
@@ -40,7 +40,6 @@ from quantkit.sharing import Part, runs
 
 NEAR = 0.1  # of a part's cost: so far a part may begin from where it should, if a source file ends there
 PATIENCE = 600.0  # seconds
-RETRIES, PAUSE = 8, 0.25  # how long a job may take to begin, seen from elsewhere
 
 
 def shares(plan: Plan, count: int) -> list[Share]:
@@ -166,19 +165,19 @@ def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterat
 
 
 def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], ShardWriter]:
-    """A new job, and its files. What journals of an earlier one say is not of these."""
-    for left in (*(out / FOLDER).glob("part-*"), out / FOLDER / "finish"):
-        left.unlink(missing_ok=True)
-    job = {**job, "id": uuid.uuid4().hex, "files": {}}
-    _write_job(out, job)  # before there are files: without it they are nobody's
+    """A new job, and its files. Journals of an earlier one have another id, and do not count. Where another part has
+    begun it, and this machine has not seen that yet, it is that one's."""
+    ours = {**job, "id": uuid.uuid4().hex}
+    begun = write_once(out / FOLDER / JOB, ours)  # without it, files are nobody's
+    _same_job(begun, job, out)
+    if begun == ours:
+        (out / FOLDER / FILES).unlink(missing_ok=True)  # of an earlier job
     writer = ShardWriter(out, layouts(plan), reserve=False)
     try:
-        job["files"] = writer.inodes
-        _write_job(out, job)
+        return {**begun, "files": write_once(out / FOLDER / FILES, writer.inodes)}, writer
     except BaseException:
         writer.close()
         raise
-    return job, writer
 
 
 def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
@@ -228,33 +227,22 @@ def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> No
 
 
 def _read_job(out: Path) -> dict[str, Any] | None:
-    """A filesystem between machines may remember for a while that there was no such file, or what was in its place; in
-    the folder's list it is there."""
+    """files: none as long as nobody has made them."""
     path = out / FOLDER / JOB
-    for _ in range(RETRIES):
-        if not path.parent.is_dir() or JOB not in os.listdir(path.parent):
-            return None
-        with suppress(FileNotFoundError, SourceError):
-            found = read_json(path)
-            break
-        time.sleep(PAUSE)
-    else:
-        found = read_json(path)
-    if not {"id", "plan", "parts", "stamps", "recipe", "files"} <= found.keys() or type(found["parts"]) is not int:
+    found = read_if_there(path)
+    if found is None:
+        return None
+    if not {"id", "plan", "parts", "stamps", "recipe"} <= found.keys() or type(found["parts"]) is not int:
         raise OutputError(
             "the job's description is damaged", where=str(path), hint="delete the folder, and begin again"
         )
-    return found
-
-
-def _write_job(out: Path, job: Mapping[str, Any]) -> None:
-    write_file(out / FOLDER / JOB, json.dumps(job).encode())
+    return {**found, "files": read_if_there(out / FOLDER / FILES) or {}}
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Of all parts, one is here at a time. OutputError if that takes too long."""
-    fd = os.open(out / FOLDER / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    fd = open_or_create(out / FOLDER / "lock", 0o644)
     end = time.monotonic() + PATIENCE
     try:
         while True:
@@ -373,7 +361,7 @@ def _begun_by(part: Part, out: Path) -> bool:
 def _forget(out: Path) -> None:
     """The folder is a model: journals, and last the job that they are of, are no more needed."""
     folder = out / FOLDER
-    for path in (*folder.glob("part-*"), folder / "finish", folder / JOB, folder / "lock"):
+    for path in (*folder.glob("part-*"), folder / "finish", folder / FILES, folder / JOB, folder / "lock"):
         path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

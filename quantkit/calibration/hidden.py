@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from quantkit.calibration.room import Room
+from quantkit.checkpoint.shared import by_the_byte, forget_pages, open_or_create
 from quantkit.checkpoint.system import PAGE, sync_data
-from quantkit.checkpoint.writer import by_the_byte, write_error
+from quantkit.checkpoint.writer import write_error
 from quantkit.errors import RunError
 from quantkit.solvers.team import Team
 
@@ -45,7 +46,7 @@ class HiddenStates:
         self._open()
 
     def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._fd = open_or_create(self.path, 0o600)
         by_the_byte(self._fd)  # a team's
 
     @property
@@ -111,17 +112,27 @@ class HiddenStates:
         while view:
             n = os.preadv(self._fd, [view], offset)
             if n == 0:
-                raise EOFError(f"{self.path} ends before {offset + len(view)}")
+                raise RunError(
+                    f"{self.path.name} became shorter while it was read", where=str(self.path.parent),
+                    hint="nobody else may write there; run the same command again",
+                )  # fmt: skip
             view, offset = view[n:], offset + n
 
     def share(self, team: Team) -> None:
         """What each has written can be read by all. To be called by all."""
         if team.alone:
             return
+        elsewhere = team.here < team.size
+        if elsewhere:  # GlusterFS writes behind a close
+            sync_data(self._fd)
         self.close()
         for shapes in team.gather(self._shapes):
             self._shapes |= shapes
         self._open()
+        if elsewhere:
+            forget_pages(self._fd)
+        if os.fstat(self._fd).st_size < self.nbytes:  # rows were written in another shape, or this is not seen yet
+            self.extend()
 
     def extend(self) -> None:
         """To the size that it has when all is written: zeros, which take no room."""

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.shared import open_or_create
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
 from quantkit.errors import OutputError, RunError
@@ -31,7 +32,7 @@ class Journal:
         self.path = out / FOLDER / name
         self.path.parent.mkdir(exist_ok=True)
         self._lock = threading.Lock()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        self._fd = open_or_create(self.path, 0o644, os.O_APPEND)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:

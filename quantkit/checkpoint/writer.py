@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint.header import fsync_directory
+from quantkit.checkpoint.shared import by_the_byte, forget_pages, open_or_create
 from quantkit.checkpoint.system import sync_data
 from quantkit.errors import RunError
 
@@ -38,7 +37,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_error(e: OSError, path: Path) -> RunError:
     full = e.errno in NO_SPACE
     hint = f"{'free some space' if full else 'mend that'}, then run the same command: it resumes"
-    return RunError(f"writing {path.name} failed: {e.strerror}", where=str(path.parent), hint=hint)
+    return RunError(f"writing {path.name} failed: {e.strerror or e}", where=str(path.parent), hint=hint)
 
 
 class ShardWriter:
@@ -69,12 +68,13 @@ class ShardWriter:
         final, partial = self.folder / layout.name, self.folder / (layout.name + PARTIAL)
         path = final if final.exists() and not partial.exists() else partial
         try:
-            self._fds[layout.name] = fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._fds[layout.name] = fd = open_or_create(path, 0o644)
             if path is final:
                 self._done.add(layout.name)
             if not self._reserve:
                 by_the_byte(fd)
             if self._shared:
+                forget_pages(fd)
                 return
             size = os.fstat(fd).st_size
             if size > layout.nbytes:
@@ -144,14 +144,6 @@ class ShardWriter:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
-
-
-def by_the_byte(fd: int) -> None:
-    """For files that several machines write to at the same time. NFS reads a page before it writes a part of it, and
-    then may write all of it, with what another machine has written meanwhile as it was before. With a lock on part of
-    the file, even a shared one, it writes what it is given."""
-    with suppress(OSError):  # a filesystem without such locks
-        fcntl.lockf(fd, fcntl.LOCK_SH, 1)
 
 
 def _reserve(fd: int, nbytes: int) -> None:

@@ -219,9 +219,11 @@ def _met() -> Any:
 def _peers() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError, and this process's own
+        raise
     except (RuntimeError, pickle.UnpicklingError):  # in words that say nothing of what happened there
         gone = RunError(
             "another process of the team is gone", hint="see what it said; the same command takes up where it stopped"
         )
-        gone.said = True
+        gone.said = distributed.get_rank() != 1  # the leader says it; and one more, should that be the one that is gone
         raise gone from None
