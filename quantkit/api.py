@@ -23,7 +23,7 @@ from quantkit.comparer import (
     write_comparison,
 )
 from quantkit.console import Console, human_bytes
-from quantkit.devices import check_device, check_gpu_memory, own_gpu
+from quantkit.devices import check_device, check_gpu_memory, own_gpu, warn_if_slow
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluation_record import Record
@@ -145,6 +145,8 @@ def _known_losses(
         return None
     allocated(mixing, params, specs, None)  # what cannot be had is refused before anything is measured
     job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens)
+    memory = measuring_memory(recipe, checkpoint, source_tensors(checkpoint), linears, job.tokens)
+    check_gpu_memory(job.device, memory.at_work)
     console.note(f"measuring what {len(specs):,} linears lose, into {path.name}; the rest follows")
     return measure_job(job, path, console)
 
@@ -176,11 +178,11 @@ def expected_losses(found: Measurement, recipe: Recipe) -> dict[float, float]:
 def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, console: Console = _QUIET) -> Measurement:
     if recipe.mixing is None:
         raise UsageError("only methods that mix bits are measured for", hint="name exl2, gptq or bnb, or none")
-    check_device(recipe.resources.device)
     if team is not None:
         recipe, team = own_share(recipe, team)
 
     def begin() -> Job:
+        check_device(recipe.resources.device)
         folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
         checkpoint = open_checkpoint(folder, native=recipe.native.options)
         linears, specs, params = linears_to_mix(recipe, checkpoint)
@@ -190,11 +192,13 @@ def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, conso
     if team is None:
         job, there = begin(), path.exists()
     else:
-        job = team.begin(begin, lambda made: signed(made.checkpoint, made.tokens, method=made.label))
+        job = team.begin(begin, lambda made: signed(made.checkpoint, made.tokens, made.device, method=made.label))
         there = team.tell(path.exists())
     if there:
         return _measured(job, path)
     memory = measuring_memory(recipe, job.checkpoint, source_tensors(job.checkpoint), job.linears, job.tokens)
+    check_gpu_memory(job.device, memory.at_work)
+    warn_if_slow(job.device, console)
     console.note(f"peak RAM {human_bytes(memory.peak)}, scratch on disk {human_bytes(memory.scratch)}")
     return measure_job(job, path, console, team)
 
@@ -277,13 +281,21 @@ def run_recipe(recipe: Recipe, *, force: bool = False, part: str | None = None, 
             hint="delete the folder yourself",
         )
     job, checkpoint = plan_recipe(recipe, data_present=True, measuring=share is None, force=force, console=console)
-    check_gpu_memory(job.recipe.resources.device, job.memory)
+    _check_gpu(job, console)
     out = expand(recipe.output)
     if share is None:
         made = execute(job, checkpoint, out, console, force=force)
     else:
         made = execute_part(job, checkpoint, out, share, console)
     return replace(made, seconds=time.monotonic() - started)
+
+
+def _check_gpu(job: Plan, console: Console) -> None:
+    """UsageError if there is too little memory for a plan on the GPU that it is for."""
+    device = job.recipe.resources.device
+    check_gpu_memory(device, job.memory.on_gpu)
+    if job.recipe.needs == "hessian":
+        warn_if_slow(device, console)
 
 
 def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUIET) -> Outcome | None:
@@ -297,9 +309,10 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
     with joined() as team:
         started = time.monotonic()
         recipe, team = own_share(recipe, team)
+        device = recipe.resources.device
 
         def begin() -> tuple[Plan, Checkpoint]:
-            check_device(recipe.resources.device)
+            check_device(device)
             job, checkpoint = plan_recipe(recipe, data_present=True, force=force, console=console)
             calibrated = any(u.calibrated for u in job.units)
             if job.allocation is not None and job.allocation.assumed:
@@ -308,7 +321,7 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
                     where=str(out),
                     hint="run `quantkit measure` first, by as many processes, and name its file: --measurement FILE",
                 )
-            check_gpu_memory(job.recipe.resources.device, job.memory)
+            _check_gpu(job, console)
             if force and not calibrated and job.allocation is None:
                 raise UsageError(
                     "--force would take from other processes what they did", where=str(out),
@@ -316,7 +329,7 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
                 )  # fmt: skip
             return job, checkpoint
 
-        job, checkpoint = team.begin(begin, lambda made: signed(made[1], made[0].tokens, plan=made[0].hash))
+        job, checkpoint = team.begin(begin, lambda made: signed(made[1], made[0].tokens, device, plan=made[0].hash))
         made: Outcome | None = None
         if any(u.calibrated for u in job.units) or job.allocation is not None:
             if team.leads:
@@ -407,7 +420,7 @@ def evaluate(
         return place, sealed, gates, subject, source, is_source
 
     if team is not None:
-        own_gpu(device, team)
+        device = own_gpu(device, team)
     begun = begin() if team is None else team.begin(begin, lambda _: {})
     place, sealed, gates, subject, source, is_source = begun
     found = evaluate_folder(

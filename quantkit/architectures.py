@@ -258,6 +258,11 @@ def experts_of_a_token(config: Mapping[str, Any]) -> int:
     return next((int(config[k]) for k in ("num_experts_per_tok", "moe_topk", "top_k_experts") if config.get(k)), 1)
 
 
+def attention_heads(config: Mapping[str, Any]) -> int:
+    """How many; 0 where config.json does not say it."""
+    return next((int(config[key]) for key in _KEYS["A"] if type(config.get(key)) is int), 0)
+
+
 def hidden_width(config: Mapping[str, Any]) -> int:
     """Width of the hidden states between layers. SourceError where config.json does not say it."""
     width = next((config[key] for key in (*_KEYS["H"], "d_model") if type(config.get(key)) is int), None)

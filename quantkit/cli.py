@@ -16,6 +16,7 @@ from quantkit.cli_options import Bits, follows, half_launched, launched, options
 from quantkit.cli_publish import COMMANDS
 from quantkit.cli_text import outcome_text, plan_text
 from quantkit.console import Console, table
+from quantkit.devices import out_of_memory
 from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.version import __version__
 
@@ -478,13 +479,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
         console.error(interrupted)
         sys.exit(interrupted.exit_code)
-    except RuntimeError as e:  # click's Abort is one, too, and was caught above
-        if type(e).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+    except (RuntimeError, MemoryError) as e:  # click's Abort is one, too, and was caught above
+        if (full := out_of_memory(e)) is None:
             raise
-        full = RunError(
-            "the GPU's memory is full", where="--device",
-            hint="end what else runs there, and run the same command again: what is done is kept",
-        )  # fmt: skip
         console.error(full)
         sys.exit(full.exit_code)
     sys.exit(0)

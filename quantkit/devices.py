@@ -1,26 +1,32 @@
-"""Where torch computes: whether it can there, and who takes which GPU."""
+"""Where torch computes: whether it can there, who takes which GPU, and how much of it is free."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantkit.console import human_bytes
-from quantkit.errors import UsageError
-from quantkit.memory import MemoryPlan
+from quantkit.console import Console, human_bytes
+from quantkit.errors import RunError, UsageError
+from quantkit.memory import MARGIN
 
 if TYPE_CHECKING:
     from quantkit.solvers.team import Team
 
+# How torch, cuBLAS and Triton say that a GPU's memory is full, where they do not by torch's own exception.
+FULL = ("CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED", "[CUDA]: out of memory")
+FULL_RAM = "DefaultCPUAllocator: "
+
 
 def check_device(device: str) -> None:
-    """UsageError if torch cannot compute there."""
+    """Makes it the one that libraries work on which are not told. UsageError if torch cannot compute there."""
     if device == "cpu":
         return
     import torch
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch asserts that it was built for the device
+        if (place := torch.device(device)).index is not None:
+            torch.cuda.set_device(place)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, ValueError):  # torch asserts that it was built for the device
         raise UsageError(
             f"no {device} device is usable here",
             where="--device",
@@ -28,26 +34,51 @@ def check_device(device: str) -> None:
         ) from None
 
 
-def check_gpu_memory(device: str, planned: MemoryPlan) -> None:
-    """UsageError if a GPU has less free than is planned."""
-    layers = planned.layers
-    if device == "cpu" or layers is None:
+def check_gpu_memory(device: str, needed: int) -> None:
+    """UsageError if a GPU has less free than `needed` bytes of numbers, and what is lost beside."""
+    if device == "cpu" or not needed:
         return
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
-    if layers.at_work > free:
+    from quantkit.torch_setup import free_memory
+
+    free = free_memory(torch.device(device))
+    if needed + MARGIN > free:
         raise UsageError(
-            f"this job needs {human_bytes(layers.at_work)} of GPU memory, and {human_bytes(free)} are free",
+            f"this job needs {human_bytes(needed + MARGIN)} of GPU memory, and {human_bytes(free)} are free",
             where=f"--device {device}",
             hint="use a larger GPU, or shorter rows: --calib-length; or leave --device out",
         )
 
 
-def own_gpu(device: str, team: Team) -> None:
-    """Where `device` is whichever GPU there is, each process of a machine takes another."""
-    if device == "cuda":
-        import torch
+def warn_if_slow(device: str, console: Console) -> None:
+    """Says it beforehand, where columns of weights will be solved one by one."""
+    if device == "cpu":
+        return
+    import torch
 
-        if count := torch.cuda.device_count():
-            torch.cuda.set_device(team.local % count)
+    from quantkit.kernels import columns_triton
+
+    if (lacking := columns_triton.lacking(torch.device(device))) is not None:
+        console.warn(f"{lacking}, so weights are solved column by column, many times as slowly")
+
+
+def own_gpu(device: str, team: Team) -> str:
+    """Where `device` is whichever GPU there is, each process of a machine takes another: which one."""
+    if device != "cuda":
+        return device
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{team.local % count}" if count else device
+
+
+def out_of_memory(e: RuntimeError | MemoryError) -> RunError | None:
+    """What a user is told, if that is what the error says."""
+    again = "and run the same command again: what is done is kept"
+    if type(e).__name__ == "OutOfMemoryError" or any(words in str(e) for words in FULL):
+        hint = f"end what else runs there, or take shorter rows (--calib-length), {again}"
+        return RunError("the GPU's memory is full", where="--device", hint=hint)
+    if isinstance(e, MemoryError) or FULL_RAM in str(e):
+        return RunError("the memory is full", where="this machine's RAM", hint=f"end what else runs, {again}")
+    return None

@@ -75,7 +75,7 @@ def write_evaluation(folder: Path, found: Evaluation, device: str) -> None:
     found = replace(found, gates=(*found.gates, *_limits_left(found, table["evaluations"])))
     entry = {
         **{key: value for key, value in asdict(found).items() if key != "folder"},
-        "device": device,
+        "device": device.partition(":")[0],
         "versions": {"quantkit": __version__, **{name: version(name) for name in LIBRARIES}},
     }
     table["evaluations"] = [e for e in table["evaluations"] if _protocol(e) != _protocol(entry)] + [entry]

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from quantkit.checkpoint.system import cores
 from quantkit.console import Console, Progress, human_bytes
+from quantkit.devices import check_gpu_memory
 from quantkit.errors import RunError, UsageError
 from quantkit.evaluation import Comparison, Evaluation
 from quantkit.evaluation_text import read_windows
@@ -99,6 +100,7 @@ def evaluate_folder(
                 f"{len(tokens.ids)} windows are too few for {team.size} processes", where=text,
                 hint="start fewer of them",
             )  # fmt: skip
+        check_gpu_memory(device, peak_memory(models, tokens.ids.shape[1]) - BASE)
         return models, tokens
 
     def sign(made: tuple[list[FolderModel], Tokens]) -> dict[str, Any]:
@@ -108,7 +110,11 @@ def evaluate_folder(
     with ExitStack() as stack:
         models, tokens = team.begin(begin, sign)
         ids = torch.from_numpy(tokens.ids[team.rank :: team.size].copy())
-        console.note(f"RAM at most {human_bytes(peak_memory(models, ids.shape[1]))}, one layer at a time")
+        needed = peak_memory(models, ids.shape[1])
+        if device == "cpu":
+            console.note(f"RAM at most {human_bytes(needed)}, one layer at a time")
+        else:
+            console.note(f"GPU memory at most {human_bytes(needed - BASE)}, one layer at a time")
         scratch = stack.enter_context(_scratch())
         with console.progress(sum(model.work for model in models)) as progress:
             for model in models:
@@ -148,7 +154,7 @@ def _together(team: Team, mine: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def peak_memory(models: list[FolderModel], length: int) -> int:
-    """Bytes of RAM that an evaluation on windows of `length` tokens takes at the most, on the CPU."""
+    """Bytes of RAM that an evaluation on windows of `length` tokens takes at the most; on a GPU, all but BASE there."""
     from quantkit.evaluation_model import CHUNK, FLOAT
 
     # The layer that is loaded; or all heads, with logits of some tokens from each and what is computed from them.

@@ -81,7 +81,8 @@ def _stream(
         head = width * int(checkpoint.config["vocab_size"]), int(checkpoint.config["vocab_size"])
     used = len(set(tokens.ids.ravel().tolist()))
     sent = architectures.experts_of_a_token(checkpoint.config)
-    return StreamShape(rows, length, width, used, full, hessian, made, head, sent)
+    heads = architectures.attention_heads(checkpoint.config)
+    return StreamShape(rows, length, width, used, full, hessian, made, head, sent, heads)
 
 
 def _plan_layers(

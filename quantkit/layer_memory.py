@@ -58,7 +58,7 @@ class StreamShape:
     are made, or the norms of inputs are enough. made: bytes for each weight of the largest linear, beside what a solver
     of codes takes: masks, a pruned weight, what it is encoded to and decoded from. head: of a run that measures first
     what linears are worth, numbers in the head's matrix, and in one row of logits.
-    sent: to how many experts a token."""
+    sent: to how many experts a token. heads: of attention."""
 
     rows: int
     length: int
@@ -69,6 +69,7 @@ class StreamShape:
     made: int = 0
     head: tuple[int, int] | None = None
     sent: int = 1
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def plan_layers(
     solver = max(_solver(layer, columns, stream, workers) for layer in layers for columns in _widths(layer))
     solver += stream.made * max(math.prod(shape) for shape in everything)
     # A row's way through a layer: the residual, the norm's output, what attention and the feed-forward part hold.
-    activations = FLOAT * stream.length * (4 * stream.width + 4 * largest)
+    activations = FLOAT * stream.length * (4 * stream.width + 4 * largest) + _scores(stream, stream.length, device)
     base = BASE if device == "cpu" else BASE_GPU
     scratch = FLOAT * tokens * max(_kept(layer, stream) for layer in layers)
     weights = max(map(_weights, layers))
@@ -113,7 +114,8 @@ def plan_layers(
     gradients = 0
     if stream.head is not None:
         matrix, vocabulary = stream.head
-        saved = FLOAT * min(stream.length, SHORT) * (12 * stream.width + 6 * largest)
+        short = min(stream.length, SHORT)
+        saved = FLOAT * short * (12 * stream.width + 6 * largest) + _scores(stream, short, device)
         # The head as it is on disk, and in parts that autograd keeps; logits, probabilities, their sums and gradients.
         stored = layers[0].itemsize
         gradients = max(saved, (FLOAT + stored) * matrix + 10 * FLOAT * TOKENS * vocabulary)
@@ -134,6 +136,12 @@ def plan_layers(
             hint=f"allow {-(-memory.peak // MIB)}MiB, or leave --max-memory out",
         )
     return memory
+
+
+def _scores(stream: StreamShape, length: int, device: str) -> int:
+    """Bytes of attention's scores, with a mask and their softmax. On a CPU they are never there whole; on a GPU torch
+    has no such kernel for float32 where several heads share keys."""
+    return 0 if device == "cpu" else 3 * FLOAT * stream.heads * length**2
 
 
 def _kept(layer: LayerShape, stream: StreamShape) -> int:

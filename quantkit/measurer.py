@@ -112,7 +112,10 @@ def _measure(job: Job, path: Path, console: Console, team: Team | None) -> Measu
     try:
         with SourceFiles(job.checkpoint.folder, job.checkpoint.files) as files:
             weights = digest_of_weights(job.checkpoint, files, [s.module for s in job.specs])
-            head = {"quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "method": job.label}
+            head = {
+                "quantkit": __version__, "weights": weights, "tokens": job.tokens.sha256, "method": job.label,
+                "compute": _dtype(job.device), "device": job.device.partition(":")[0],
+            }  # fmt: skip
             if journal.head != head:
                 journal.start(head)
             losses, kinds = _Run(job, work / FOLDER / "hidden", files, journal, console, team).run()
@@ -139,6 +142,15 @@ def _measure(job: Job, path: Path, console: Console, team: Team | None) -> Measu
         ) from None
     finally:
         journal.close()
+
+
+def _dtype(device: str) -> str:
+    """What linears multiply in there."""
+    import torch
+
+    from quantkit.torch_setup import fast_dtype
+
+    return str(fast_dtype(torch.device(device)))
 
 
 class _Run:

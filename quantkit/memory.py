@@ -28,6 +28,8 @@ BASE_DERIVED = 400 * MIB
 # torch and bitsandbytes on top, where a GPU encodes: their CUDA libraries and context; and what a context takes there.
 BASE_GPU = 2600 * MIB
 CONTEXT = 600 * MIB
+# What torch's allocator loses there between blocks, and libraries take to work in.
+MARGIN = 512 * MIB
 ENCODING = 4  # slabs on the GPU for each one that is encoded: its numbers, codes, and sums
 SLAB = 4 * MIB
 SMALLEST_SLAB = 1 * MIB
@@ -61,11 +63,16 @@ class MemoryPlan:
     context: int = 0
 
     @property
-    def gpu(self) -> int:
-        """Bytes of a GPU at the least; what is free beyond them holds hidden states."""
+    def on_gpu(self) -> int:
+        """Bytes of numbers on a GPU."""
         if not self.context:
             return 0
-        return self.context + (ENCODING * self.threads * self.slab if self.layers is None else self.layers.at_work)
+        return ENCODING * self.threads * self.slab if self.layers is None else self.layers.at_work
+
+    @property
+    def gpu(self) -> int:
+        """Bytes of a GPU at the least; what is free beyond them holds hidden states."""
+        return self.context + MARGIN + self.on_gpu if self.context else 0
 
     @property
     def peak(self) -> int:

@@ -215,7 +215,7 @@ def seconds(work: Callable[[], object], least: float = 0.3) -> float:
         begun = time.perf_counter()
         work()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the device that check_device has made the current one
         found.append(time.perf_counter() - begun)
     return statistics.median(found)
 

@@ -150,7 +150,7 @@ class Recipe(_Block):
             "shard_size": self.largest_file,
             "allow_nonfinite": self.allow_nonfinite,
             "card": self.card.model_dump(),
-            "device": self.resources.device,
+            "device": self.resources.device.partition(":")[0],  # which of several alike is no matter
         }
 
     @property

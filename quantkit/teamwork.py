@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from quantkit.solvers.team import Team
 
 
-def signed(checkpoint: Checkpoint, tokens: Tokens | None, **more: Any) -> dict[str, Any]:
-    """What must be the same for all processes of a team."""
+def signed(checkpoint: Checkpoint, tokens: Tokens | None, device: str, **more: Any) -> dict[str, Any]:
+    """What must be the same for all processes of a team that compute there."""
     import torch
 
     from quantkit.torch_setup import fast_dtype
@@ -26,7 +26,8 @@ def signed(checkpoint: Checkpoint, tokens: Tokens | None, **more: Any) -> dict[s
         "text": None if tokens is None else tokens.sha256,
         "quantkit": __version__,
         "torch": torch.__version__,
-        "dtype that linears multiply in": str(fast_dtype(torch.device("cpu"))),
+        "dtype that linears multiply in": str(fast_dtype(torch.device(device))),
+        "GPU": "" if device == "cpu" else torch.cuda.get_device_name(device),
         **more,
     }
 
@@ -34,10 +35,11 @@ def signed(checkpoint: Checkpoint, tokens: Tokens | None, **more: Any) -> dict[s
 def own_share(recipe: Recipe, team: Team) -> tuple[Recipe, Team]:
     """The recipe with as many threads as this machine has for each process of a team. On GPUs, each takes its own, and
     they are wired to each other."""
-    own_gpu(recipe.resources.device, team)
-    if recipe.resources.device != "cpu":
-        team = team.wired()
-    if recipe.resources.threads is not None:
-        return recipe, team
-    resources = recipe.resources.model_copy(update={"threads": max(1, cores() // team.here)})
+    import torch
+
+    device = own_gpu(recipe.resources.device, team)
+    if device != "cpu":
+        team = team.wired(torch.device(device))
+    threads = recipe.resources.threads or max(1, cores() // team.here)
+    resources = recipe.resources.model_copy(update={"threads": threads, "device": device})
     return recipe.model_copy(update={"resources": resources}), team

@@ -56,6 +56,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and known else torch.float32
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can be had: free ones, and those that torch keeps for the next tensor."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
+
+
 def give_back_beside(nbytes: int) -> None:
     """`give_back` beside a matrix so large that it takes no time against what is done with the matrix."""
     if nbytes >= 2 * _LARGE:

@@ -86,6 +86,23 @@ def quantkit() -> Run:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _guards(request: pytest.FixtureRequest) -> bool:
+    """For tests on a GPU that is not there; before the first test of a process, as any may go back through a model."""
+    if not any("guards" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        return False
+    from pretend_gpu import load_guards
+
+    assert request.config.cache is not None
+    return load_guards(request.config.cache.mkdir("guards"))
+
+
+@pytest.fixture
+def guards(_guards: bool) -> None:
+    if not _guards:
+        pytest.skip("no C++ compiler")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """For the solvers one thread of torch, unless a test asks for more: where other processes are at work, threads of

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import shutil
 import subprocess
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterator
@@ -40,14 +42,15 @@ COPY = "aten.copy_.default"
 
 
 class Held:
-    """Bytes of tensors on the device: now, and at the most since `start`."""
+    """Bytes of tensors on the device: now, and at the most since `start`; kept: what an allocator would keep."""
 
     def __init__(self) -> None:
-        self.now = self.peak = 0
+        self.now = self.peak = self.kept = 0
         self._storages: dict[int, int] = {}  # how many tensors look at each
         self._lock = threading.RLock()  # collected garbage gives back in the middle of taking
 
     def start(self) -> None:
+        self.kept = max(self.kept, self.peak)
         self.left()
         self.peak = self.now
 
@@ -163,38 +166,46 @@ class _Everywhere(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-def build_guards(folder: Path) -> Path:
-    """The library that makes torch take the device for one. Skips the test where there is no compiler."""
+def load_guards(folder: Path) -> bool:
+    """Makes torch take the device for one, by a library that is built in `folder` and kept there. Before anything goes
+    back through a model: autograd counts devices once. False where there is no compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("no C++ compiler")
-    source, library, root = folder / "guards.cpp", folder / "guards.so", Path(torch.__file__).parent
-    source.write_text(GUARDS)
-    words = [
-        "-std=c++20",
-        "-shared",
-        "-fPIC",
-        "-I",
-        root / "include",
-        source,
-        "-o",
-        library,
-        "-L",
-        root / "lib",
-        "-lc10",
-    ]
-    subprocess.run([compiler, *map(str, words)], check=True)
-    return library
+        return False
+    root = Path(torch.__file__).parent
+    of = hashlib.sha256(f"{GUARDS}{torch.__version__}{root}".encode()).hexdigest()[:16]
+    library = folder / f"guards-{of}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            source, built = Path(name) / "guards.cpp", Path(name) / "guards.so"
+            source.write_text(GUARDS)
+            places = ["-I", root / "include", source, "-o", built, "-L", root / "lib", "-lc10"]
+            subprocess.run([compiler, *map(str, ["-std=c++20", "-shared", "-fPIC", *places])], check=True)
+            built.replace(library)
+    ctypes.CDLL(str(library))
+    return True
 
 
 @contextmanager
-def pretend_gpu(guards: Path, patch: pytest.MonkeyPatch, free: int = 0) -> Iterator[Held]:
-    """Inside, `--device cuda` finds a GPU, in threads that begin inside, too. free: bytes of it, as it says."""
-    ctypes.CDLL(str(guards))
+def pretend_gpu(patch: pytest.MonkeyPatch, free: int = 0, *, bf16: bool = False) -> Iterator[Held]:
+    """Inside, `--device cuda` finds a GPU, in threads that begin inside, too. free: bytes of it; what was held once is
+    not given back, but kept for other tensors, as torch does. bf16: whether it multiplies in that. The guards must have
+    been loaded."""
+    begun = HELD.left()
+    HELD.peak = begun
+
+    def reserved(*_: Any) -> int:
+        HELD.kept = max(HELD.kept, HELD.peak)
+        return HELD.kept - begun
+
+    HELD.kept = begun
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
     patch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    patch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
+    patch.setattr(torch.cuda, "set_device", lambda *_: None)
+    patch.setattr(torch.cuda, "memory_reserved", reserved)
+    patch.setattr(torch.cuda, "memory_allocated", lambda *_: HELD.now - begun)
+    patch.setattr(torch.cuda, "mem_get_info", lambda *_: (free - reserved(), free))
     run = threading.Thread.run
 
     def run_there(thread: threading.Thread) -> None:

@@ -13,21 +13,24 @@ import numpy as np
 import pytest
 import torch
 from eval_models import build, quiet_transformers
-from pretend_gpu import Held, build_guards, pretend_gpu
+from pretend_gpu import Held, pretend_gpu
 from test_resume import digests
 
 import quantkit
 from quantkit import api
 from quantkit.api import run_recipe
-from quantkit.calibration.room import APART
 from quantkit.errors import UsageError
+from quantkit.memory import MARGIN
 from quantkit.recipe import build_recipe
 from quantkit.solvers.coded import Coded
 from quantkit.solvers.exl2_coded import Exl2Coded, Groups
 from quantkit.solvers.exl2_scales import search_alike, search_group
 from quantkit.solvers.restoring import restored
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+    pytest.mark.usefixtures("guards"),
+]
 FREE = 4 << 30
 CALIBRATION = {"samples": 6, "length": 64}
 GPTQ = {"quantize": {"method": "gptq", "bits": 4, "group_size": 32}}
@@ -59,7 +62,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def gpu(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    with pretend_gpu(build_guards(work), monkeypatch, FREE) as held:
+    with pretend_gpu(monkeypatch, FREE) as held:
         yield held
     assert held.left() == 0
 
@@ -124,7 +127,7 @@ def test_states_on_the_gpu_change_nothing(work: Path, tmp_path: Path, monkeypatc
     assert planned is not None
     row = 4 * CALIBRATION["length"] * 64
     for name, rows in (("all", 10_000), ("some", 4), ("none", 0)):
-        with pretend_gpu(build_guards(work), monkeypatch, planned.at_work + APART + rows * row) as held:
+        with pretend_gpu(monkeypatch, planned.at_work + MARGIN + rows * row) as held:
             held.start()
             run_recipe(build_recipe(job(work, "mixtral", pruned, tmp_path / name, "cuda")))
             made[name] = held.peak
@@ -154,12 +157,12 @@ def test_memory_is_as_planned(
     recipe = job(work, "llama", what, tmp_path / "out", "cuda") | {"source": str(tmp_path / "model")}
     planned = quantkit.plan(tmp_path / "model", recipe).memory.layers
     assert planned is not None
-    with pretend_gpu(build_guards(work), monkeypatch, planned.at_work) as held:
+    with pretend_gpu(monkeypatch, planned.at_work + MARGIN) as held:
         held.start()
         run_recipe(build_recipe(recipe))
     assert planned.at_work / 4 < held.peak < planned.at_work
     with (
-        pretend_gpu(build_guards(work), monkeypatch, planned.at_work - 1),
+        pretend_gpu(monkeypatch, planned.at_work + MARGIN - 1),
         pytest.raises(UsageError, match="of GPU memory"),
     ):
         run_recipe(build_recipe(recipe | {"output": str(tmp_path / "more")}))

@@ -249,6 +249,8 @@ class NormStream(Stream):
         for first in range(0, len(self.ids), self.team.size):
             row = first + self.team.rank
             seen = look(row) if row in self.mine else {}
+            if not self.team.alone:  # others have another GPU
+                seen = {name: (part.cpu(), tokens) for name, (part, tokens) in seen.items()}
             for n, parts_ in enumerate(self.team.gather(seen)):
                 if not all(bool(torch.isfinite(part).all()) for part, _ in parts_.values()):
                     self.excluded.add(first + n)

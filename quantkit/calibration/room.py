@@ -12,7 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-APART = 1 << 30  # bytes left free: what the allocator loses between blocks, and other libraries take
+from quantkit.memory import MARGIN
+from quantkit.torch_setup import free_memory
+
 BEHIND = 8  # rows that are still to be written
 
 
@@ -27,15 +29,14 @@ class Room:
     @staticmethod
     def quarter(device: torch.device) -> Room | None:
         """A quarter of what is free on a GPU: two models' rows leave half. None: not a GPU."""
-        return Room(device, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else None
+        return Room(device, free_memory(device) // 4) if device.type == "cuda" else None
 
     @staticmethod
     def beside(device: torch.device, needed: int) -> Room | None:
         """What is free on a GPU beyond `needed` bytes and some. None: not a GPU."""
         if device.type != "cuda":
             return None
-        free, _ = torch.cuda.mem_get_info(device)
-        return Room(device, max(free - needed - APART, 0))
+        return Room(device, max(free_memory(device) - needed - MARGIN, 0))
 
     def take(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """A tensor of that shape on the GPU, with nothing in it; None where there is no room."""

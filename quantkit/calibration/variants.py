@@ -47,6 +47,7 @@ def through_layer(
                 weights = ready(variant)
                 for row in rows:
                     variant.out(row, way.through(row, {}, weights))
+                del weights  # before the next one's come
             return
         experts, like = layer.experts[name], layer.linears.routings[name]
         files = [routed(f"{number}-{i}", like, experts.count) for i in range(len(variants))]
@@ -54,13 +55,13 @@ def through_layer(
             weights = ready(variant)
             for row in rows:
                 file.write(row, way.routing(row, name, {}, weights))
-        del weights
+            del weights
         for expert in range(experts.count):
             with experts.read(expert) as one:
                 for variant, file in zip(variants, files, strict=True):
                     weights, inside = ready(variant, one), through_expert(experts, expert, one, file)
                     for row in rows:
                         file.add(row, expert, inside.through(row, {}, weights))
-                del weights, inside  # before the next one's weights come
+                    del weights, inside
         for way, file in zip(passes, files, strict=True):
             way.totals[name] = file.total

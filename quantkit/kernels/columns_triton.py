@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from typing import Any
 
 import numpy as np
@@ -53,6 +52,17 @@ def usable(tensor: Tensor) -> bool:
     return real and triton is not None and _works(tensor.device)
 
 
+def lacking(device: torch.device) -> str | None:
+    """What a real GPU lacks for these kernels, in words; None if nothing."""
+    if torch.version.cuda is None:
+        return None
+    if triton is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return "Triton compiles for no GPU as old as this one"
+    return None if _works(device) else "Triton does not work here"
+
+
 @functools.cache
 def _works(device: torch.device) -> bool:
     """Tried on one weight: Triton needs a C compiler and Python's headers, which images made for running lack."""
@@ -62,8 +72,7 @@ def _works(device: torch.device) -> bool:
     codes = torch.zeros((1, 1), dtype=torch.uint8, device=device)
     try:
         round_block(one, one, one, 0, zero, zero.int(), one[0], one, one, None, codes, one.clone())
-    except Exception as error:  # whatever it is, torch can do the same without
-        warnings.warn(f"Triton cannot be used, solving will be slow: {error}", stacklevel=2)
+    except Exception:  # whatever it is, torch can do the same without
         return False
     return True
 

@@ -25,6 +25,7 @@ def solve_columns(target: Tensor, factor: Factor, projection: Projection) -> Ten
     target: float32 [rows, columns], finite. Held beside it: one more matrix of its size.
     """
     position = factor.position
+    by_position = (position, projection.group[position], projection.top[position])
     shifted = target[:, position]
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     for stop in range(target.shape[1], 0, -BLOCK):
@@ -32,7 +33,7 @@ def solve_columns(target: Tensor, factor: Factor, projection: Projection) -> Ten
         block = target[:, position[start:stop]]
         triangle = factor.lower[start:stop, start:stop].contiguous()
         solve = _block_numba if target.device.type == "cpu" else _on_gpu(target)
-        errors = solve(start, shifted, block, triangle, position, projection, codes)
+        errors = solve(start, shifted, block, triangle, by_position, projection, codes)
         if start:
             shifted[:, :start].addmm_(errors, factor.lower[start:stop, :start])
     return codes
@@ -43,13 +44,12 @@ def _block_numba(
     shifted: Tensor,
     block: Tensor,
     triangle: Tensor,
-    position: Tensor,
+    by_position: tuple[Tensor, Tensor, Tensor],
     projection: Projection,
     codes: Tensor,
 ) -> Tensor:
     errors = torch.empty_like(block)
     masked, keep = projection.mask()
-    by_position = (position, projection.group[position], projection.top[position])
     read = arrays(*by_position, projection.scales, projection.zeros)
     moving = arrays(shifted, block, triangle)
     round_block(*moving, start, *read, masked, *arrays(keep, codes, errors))
@@ -67,14 +67,13 @@ def _block_triton(
     shifted: Tensor,
     block: Tensor,
     triangle: Tensor,
-    position: Tensor,
+    by_position: tuple[Tensor, Tensor, Tensor],
     projection: Projection,
     codes: Tensor,
 ) -> Tensor:
     from quantkit.kernels import columns_triton
 
     errors = torch.empty_like(block)
-    by_position = (position, projection.group[position], projection.top[position])
     grid = (*by_position, projection.scales, projection.zeros)
     columns_triton.round_block(shifted, block, triangle, start, *grid, projection.keep, codes, errors)
     return errors
@@ -85,12 +84,12 @@ def _block_torch(
     shifted: Tensor,
     block: Tensor,
     triangle: Tensor,
-    position: Tensor,
+    by_position: tuple[Tensor, Tensor, Tensor],
     projection: Projection,
     codes: Tensor,
 ) -> Tensor:
     """The same in torch, a column at a time for all rows: for devices that neither Numba nor Triton reaches."""
-    errors = torch.empty_like(block)
+    errors, position = torch.empty_like(block), by_position[0]
     for k in range(block.shape[1] - 1, -1, -1):
         column = position[start + k : start + k + 1]
         group = projection.group[column].long()

@@ -154,19 +154,30 @@ class Team:
             flat = torch.cat([_bytes(part) for part in piece]).to(device)
         else:
             flat = torch.empty(sum(part.nbytes for part in piece), dtype=torch.uint8, device=device)
+        if wire is not None:
+            self.meet()  # NCCL would wait for one that is gone, or works on something else
         with _peers():
             distributed.broadcast(flat, owner, wire if wire is not None else self.group)
         if owner != self.rank:
             for part, raw in zip(piece, torch.split(flat, [part.nbytes for part in piece]), strict=True):
                 part.copy_(raw.clone().view(part.dtype).reshape(part.shape))
 
-    def wired(self) -> Team:
-        """The same with a wire between GPUs, if each process on every machine has one of its own. To be called when it
-        is chosen."""
-        own = distributed.is_nccl_available() and self.here <= torch.cuda.device_count()
-        if self.alone or not all(self.gather(own)):
+    def wired(self, device: torch.device) -> Team:
+        """The same with a wire between GPUs, if each process has one of its own: `device`."""
+        if self.alone:
             return self
-        return replace(self, wire=distributed.new_group(backend="nccl", timeout=PATIENCE))
+        own = _card(device) if distributed.is_nccl_available() else None
+        cards = self.gather(own)
+        if None in cards or len(set(cards)) < self.size:
+            return self
+        return replace(self, wire=distributed.new_group(backend="nccl", timeout=MEETING))
+
+
+def _card(device: torch.device) -> str | None:
+    """Which GPU it is, of all there are. None: there is none, or it does not say."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) or None
 
 
 def _bytes(tensor: Tensor) -> Tensor:
