@@ -38,7 +38,7 @@ from quantkit.measurer import Job
 from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
 from quantkit.output import check_place, was_finished
-from quantkit.parts import execute_part, job_recipe
+from quantkit.parts import execute_part, finished_meanwhile, job_recipe
 from quantkit.parts import finish as finish_parts
 from quantkit.patterns import matches
 from quantkit.planner import linears_to_mix, make_plan, source_tensors, tokens_for
@@ -351,12 +351,22 @@ def finish(out: str | Path, *, source: str | None = None, console: Console = _QU
     started = time.monotonic()
     if was_finished(Path(out)):
         return already_done(Path(out))
-    recipe = job_recipe(Path(out), source)
+    try:
+        made = _finish(Path(out), source, console)
+    except OutputError:
+        if not finished_meanwhile(Path(out)):
+            raise
+        return already_done(Path(out))
+    return replace(made, seconds=time.monotonic() - started)
+
+
+def _finish(out: Path, source: str | None, console: Console) -> Outcome:
+    recipe = job_recipe(out, source)
     if source is None and Path(recipe.source).is_absolute() and not Path(recipe.source).exists():
         hint = "say where it lies here: --source FOLDER"
         raise SourceError("the model that the parts were made from is gone", where=recipe.source, hint=hint)
     job, checkpoint = plan_recipe(recipe, data_present=True, console=console)
-    return replace(finish_parts(job, checkpoint, Path(out), console), seconds=time.monotonic() - started)
+    return finish_parts(job, checkpoint, out, console)
 
 
 def verify(

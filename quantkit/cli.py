@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from io import TextIOWrapper
@@ -16,7 +17,6 @@ from quantkit.cli_options import Bits, follows, half_launched, launched, options
 from quantkit.cli_publish import COMMANDS
 from quantkit.cli_text import outcome_text, plan_text
 from quantkit.console import Console, table
-from quantkit.devices import out_of_memory
 from quantkit.errors import Interrupted, QuantkitError, RunError, UsageError, VerifyError
 from quantkit.version import __version__
 
@@ -437,7 +437,14 @@ def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, p
     console.result({**asdict(outcome), "out": str(outcome.out), **of}, outcome_text(outcome, part))
 
 
+LINGER = 3.0  # seconds
 TEAMWORK = {"quantize", "prune", "convert", "run", "measure", "eval"}
+
+
+def _linger() -> None:
+    """Waits while another process says what is wrong: torchrun ends all where one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LINGER)
 
 
 def _usage_error(e: click.ClickException) -> UsageError:
@@ -465,11 +472,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except QuantkitError as e:
         if e.own or not follows():
             console.error(e)
+        else:
+            _linger()
         sys.exit(e.exit_code)
     except click.ClickException as e:
         usage = _usage_error(e)
         if not follows():
             console.error(usage)
+        else:
+            _linger()
         sys.exit(usage.exit_code)
     except OSError as e:
         sys.stdout = None  # it may be what failed, and the interpreter would try once more
@@ -480,6 +491,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         console.error(interrupted)
         sys.exit(interrupted.exit_code)
     except (RuntimeError, MemoryError) as e:  # click's Abort is one, too, and was caught above
+        from quantkit.devices import out_of_memory
+
         if (full := out_of_memory(e)) is None:
             raise
         console.error(full)

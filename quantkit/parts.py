@@ -26,13 +26,13 @@ import yaml
 from quantkit.checkpoint.header import fsync_directory
 from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import SourceFiles
-from quantkit.checkpoint.shared import PAUSE, RETRIES, open_or_create, read_if_there, write_once
-from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error
+from quantkit.checkpoint.shared import GONE, PAUSE, RETRIES, open_or_create, read_if_there, write_once
+from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, writing
 from quantkit.console import Console
 from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
-from quantkit.output import FILES, JOB, check_place, is_finished
+from quantkit.output import FILES, JOB, check_place, is_finished, was_finished
 from quantkit.plans import Plan, Unit
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publish
@@ -90,7 +90,12 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         console.warn(warning)
     share = shares(plan, part.count)[part.index - 1]
     with _kept_if_it_breaks_off(out), ExitStack() as stack:
-        opened = stack.enter_context(_opened(plan, checkpoint, out, part))
+        try:
+            opened = stack.enter_context(_opened(plan, checkpoint, out, part))
+        except OSError as e:
+            if e.errno not in GONE or not finished_meanwhile(out):
+                raise
+            opened = None
         if opened is None:
             return outcome_of(out, plan, started, len(plan.units), None)
         writer, journal = opened
@@ -188,7 +193,7 @@ def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
         if found is None or found.st_size != shard.nbytes or found.st_ino != inodes.get(shard.name):
             raise OutputError(
                 f"{shard.name} was replaced or deleted since the job began", where=str(out),
-                hint="delete the folder, and begin again",
+                hint="delete the folder, and begin again; sshfs, where every machine numbers files anew, cannot be used",
             )  # fmt: skip
 
 
@@ -289,7 +294,8 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
     parts = [Part(n + 1, job["parts"]) for n in range(job["parts"])]
     entries: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        own = Journal(out, "finish", "another process is finishing this folder")
+        with writing(out / FOLDER / "finish"):
+            own = Journal(out, "finish", "another process is finishing this folder")
         stack.callback(own.close)
         _check_files(plan, out, job["files"])
         for part in parts:
@@ -321,6 +327,15 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
         with _locked(out):
             _forget(out)
     return outcome_of(out, plan, started, 0, measured)
+
+
+def finished_meanwhile(out: Path) -> bool:
+    """Whether another process has finished the folder, which this machine may see a moment later."""
+    for _ in range(4 if out.is_dir() else 0):
+        if was_finished(out):
+            return True
+        time.sleep(PAUSE)
+    return False
 
 
 def _hashed(

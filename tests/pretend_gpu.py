@@ -203,6 +203,8 @@ def pretend_gpu(patch: pytest.MonkeyPatch, free: int = 0, *, bf16: bool = False)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
     patch.setattr(torch.cuda, "synchronize", lambda *_: None)
     patch.setattr(torch.cuda, "set_device", lambda *_: None)
+    patch.setattr(torch.cuda, "device_count", lambda: 2)  # they all call themselves the first
+    patch.setattr(torch.cuda, "get_device_name", lambda *_: "none")
     patch.setattr(torch.cuda, "memory_reserved", reserved)
     patch.setattr(torch.cuda, "memory_allocated", lambda *_: HELD.now - begun)
     patch.setattr(torch.cuda, "mem_get_info", lambda *_: (free - reserved(), free))

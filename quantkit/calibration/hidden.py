@@ -6,6 +6,7 @@ Where a GPU has room for them, rows lie there, too; those that nobody needs afte
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from quantkit.calibration.room import Room
 from quantkit.checkpoint.shared import by_the_byte, forget_pages, open_or_create
 from quantkit.checkpoint.system import PAGE, sync_data
-from quantkit.checkpoint.writer import write_error
+from quantkit.checkpoint.writer import writing
 from quantkit.errors import RunError
 from quantkit.solvers.team import Team
 
@@ -100,12 +101,10 @@ class HiddenStates:
 
     def _write(self, hidden: torch.Tensor, offset: int) -> None:
         view = _bytes(hidden.detach().to("cpu", self.dtype).contiguous())
-        try:
+        with writing(self.path):
             while view:
                 n = os.pwrite(self._fd, view, offset)
                 view, offset = view[n:], offset + n
-        except OSError as e:
-            raise write_error(e, self.path) from None
 
     def _read(self, hidden: torch.Tensor, offset: int) -> None:
         view = _bytes(hidden)
@@ -123,9 +122,10 @@ class HiddenStates:
         if team.alone:
             return
         elsewhere = team.here < team.size
-        if elsewhere:  # GlusterFS writes behind a close
-            sync_data(self._fd)
-        self.close()
+        with writing(self.path):
+            if elsewhere:  # GlusterFS writes behind a close, and says only then that the disk is full
+                sync_data(self._fd)
+            self.close()
         for shapes in team.gather(self._shapes):
             self._shapes |= shapes
         self._open()
@@ -136,17 +136,20 @@ class HiddenStates:
 
     def extend(self) -> None:
         """To the size that it has when all is written: zeros, which take no room."""
-        os.ftruncate(self._fd, self.nbytes)
+        with writing(self.path):
+            os.ftruncate(self._fd, self.nbytes)
 
     def sync(self) -> None:
         """On disk, and as long as if every row had been written."""
         if self.room is not None:
             self.room.settle()
-        os.ftruncate(self._fd, self.nbytes)
-        sync_data(self._fd)
+        self.extend()
+        with writing(self.path):
+            sync_data(self._fd)
 
     def remove(self) -> None:
-        self.close()
+        with suppress(OSError):  # nobody will read it
+            self.close()
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -156,8 +159,8 @@ class HiddenStates:
             self.room.give_back(there)
         self._there = {}
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def row_bytes(length: int, width: int, itemsize: int) -> int:

@@ -42,7 +42,7 @@ class Sums:
         self.squares, self.tokens = torch.zeros(columns, device=device), 0
 
     def count(self, squares: torch.Tensor, tokens: int) -> None:
-        self.squares += squares
+        self.squares += squares.to(self.squares.device)
         self.tokens += tokens
 
 

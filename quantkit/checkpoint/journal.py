@@ -36,7 +36,8 @@ class Journal:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            os.close(self._fd)
+            with suppress(OSError):  # of a folder that is gone
+                os.close(self._fd)
             if e.errno != errno.EWOULDBLOCK:
                 raise OutputError(
                     f"the output folder cannot be locked: {e.strerror}", where=str(out), hint="write to a local disk"

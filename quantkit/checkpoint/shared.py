@@ -21,6 +21,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.errors import SourceError
 
 RETRIES, PAUSE = 12, 0.25  # how long a file may take to be seen from elsewhere; seconds
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # of what is remembered, and another machine has deleted
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -79,9 +80,18 @@ def read_if_there(path: Path, *, certain: bool = False) -> dict[str, Any] | None
     """A file of `write_once`, None if there is none. A machine may remember that there was none; in the folder's list
     it is there. certain: it is, whatever the list says. SourceError if it holds something else."""
     for _ in range(RETRIES):
-        if not certain and not (path.parent.is_dir() and path.name in os.listdir(path.parent)):
+        if not certain and path.name not in _listed(path.parent):
             return None
         with suppress(SourceError):
             return read_json(path)
         time.sleep(PAUSE)
     return read_json(path)
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as e:
+        if e.errno in GONE:
+            return []
+        raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ def write_error(e: OSError, path: Path) -> RunError:
     full = e.errno in NO_SPACE
     hint = f"{'free some space' if full else 'mend that'}, then run the same command: it resumes"
     return RunError(f"writing {path.name} failed: {e.strerror or e}", where=str(path.parent), hint=hint)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """RunError for what the system refuses meanwhile."""
+    try:
+        yield
+    except OSError as e:
+        raise write_error(e, path) from None
 
 
 class ShardWriter:
@@ -141,9 +151,11 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
+        fds = list(self._fds.values())
         self._fds.clear()
+        for fd in fds:
+            with suppress(OSError):  # what is to last was synced, and raised then
+                os.close(fd)
 
 
 def _reserve(fd: int, nbytes: int) -> None:

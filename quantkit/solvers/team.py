@@ -67,7 +67,7 @@ class Team:
     def meet(self) -> None:
         """Waits for all."""
         if not self.alone:
-            with _peers():
+            with self._peers():
                 distributed.barrier(self.group)
 
     def tell(self, thing: Thing) -> Thing:
@@ -75,7 +75,7 @@ class Team:
         if self.alone:
             return thing
         box = [thing if self.leads else None]
-        with _peers():
+        with self._peers():
             distributed.broadcast_object_list(box, 0, self.group)
         return box[0]  # type: ignore[return-value]
 
@@ -115,7 +115,7 @@ class Team:
         if self.alone:
             return [thing]
         found: list[Any] = [None] * self.size
-        with _peers():
+        with self._peers():
             distributed.all_gather_object(found, thing, self.group)
         return found
 
@@ -156,11 +156,27 @@ class Team:
             flat = torch.empty(sum(part.nbytes for part in piece), dtype=torch.uint8, device=device)
         if wire is not None:
             self.meet()  # NCCL would wait for one that is gone, or works on something else
-        with _peers():
+        with self._peers():
             distributed.broadcast(flat, owner, wire if wire is not None else self.group)
         if owner != self.rank:
             for part, raw in zip(piece, torch.split(flat, [part.nbytes for part in piece]), strict=True):
                 part.copy_(raw.clone().view(part.dtype).reshape(part.shape))
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """RunError for what torch says where another process is gone."""
+        try:
+            yield
+        except torch.OutOfMemoryError:  # a RuntimeError, and this process's own
+            raise
+        except (RuntimeError, pickle.UnpicklingError):  # in words that say nothing of what happened there
+            gone = RunError(
+                "another process of the team is gone",
+                where=f"process {self.rank} of {self.size}, on {socket.gethostname()}",
+                hint="see what the other said; the same command takes up where it stopped",
+            )
+            gone.said = self.local > 1  # two of each machine, should one, or a whole machine, be what is gone
+            raise gone from None
 
     def wired(self, device: torch.device) -> Team:
         """The same with a wire between GPUs, if each process has one of its own: `device`."""
@@ -219,22 +235,9 @@ def _met() -> Any:
     try:
         distributed.init_process_group("gloo", timeout=MEETING)
         return distributed.new_group(backend="gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError) as e:
+        said = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
         raise RunError(
-            "the team did not come together", where=where,
-            hint="torchrun starts all of its processes; for one alone, unset these",
+            f"the team did not come together: {said}", where=where,
+            hint="start all of its processes, on a port that is free; for one alone, unset these",
         ) from None  # fmt: skip
-
-
-@contextmanager
-def _peers() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:  # a RuntimeError, and this process's own
-        raise
-    except (RuntimeError, pickle.UnpicklingError):  # in words that say nothing of what happened there
-        gone = RunError(
-            "another process of the team is gone", hint="see what it said; the same command takes up where it stopped"
-        )
-        gone.said = distributed.get_rank() != 1  # the leader says it; and one more, should that be the one that is gone
-        raise gone from None
