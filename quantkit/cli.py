@@ -293,7 +293,7 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 
     The same command resumes. What it finds serves for any number of bits.
     """
-    from quantkit import api
+    from quantkit.measuring import expected_losses, measure_recipe
 
     console = Console(json=as_json, quiet=quiet)
     if options["method"] == "rtn":
@@ -301,10 +301,10 @@ def measure(file: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     named = {"method": "exl2", "min_bits": 0.0} | {key: value for key, value in options.items() if value is not None}
     recipe = _recipe(named, "quantize")  # min_bits: whatever they are, they are mixed
     with team() as joined:
-        found = api.measure_recipe(recipe, file, team=joined, console=Console(speaks=False) if follows() else console)
+        found = measure_recipe(recipe, file, team=joined, console=Console(speaks=False) if follows() else console)
     if follows():
         return
-    curve = api.expected_losses(found, recipe)
+    curve = expected_losses(found, recipe)
     rows = [
         ("measured", f"{len(found.linears):,} linear layers, {found.rows:,} rows of {found.length:,} tokens"),
         ("file", str(file)),

@@ -193,7 +193,7 @@ def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
         if found is None or found.st_size != shard.nbytes or found.st_ino != inodes.get(shard.name):
             raise OutputError(
                 f"{shard.name} was replaced or deleted since the job began", where=str(out),
-                hint="delete the folder, and begin again; sshfs, where every machine numbers files anew, cannot be used",
+                hint="delete the folder, and begin again; not on sshfs, where every machine numbers files anew",
             )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from quantkit import api
 from quantkit.errors import Interrupted, NotFiniteError, QuantkitError
 from quantkit.layouts import open_checkpoint
 from quantkit.measurement import Measurement
+from quantkit.measuring import expected_losses
 from quantkit.methods.exl2 import Exl2
 from quantkit.recipe import build_recipe
 from quantkit.restored import RestoredWeights, open_files
@@ -384,7 +385,7 @@ def test_what_fp16_cannot_hold(tmp_path: Path) -> None:
 def test_more_bits_are_never_expected_to_lose_more(made: tuple[Path, Path]) -> None:
     _, out = made
     found = Measurement.model_validate_json(Path(str(out) + ".measurement.json").read_text())
-    curve = list(api.expected_losses(found, build_recipe({"source": "", "quantize": {"method": "exl2"}})).values())
+    curve = list(expected_losses(found, build_recipe({"source": "", "quantize": {"method": "exl2"}})).values())
     assert curve == sorted(curve, reverse=True)
     assert len(curve) >= 4
     assert Exl2().bits == 4

@@ -15,7 +15,7 @@ PACKAGE = Path(quantkit.__file__).parent
 # Top first. A name stands for a module or for a whole folder.
 LAYERS = (
     {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_text"},
-    {"api", "doctor", "forecast", "preview", "push", "rates"},
+    {"api", "measuring", "doctor", "forecast", "preview", "push", "rates"},
     {"folder_card", "comparer", "seal", "verifier", "parts", "teamwork"},
     {"evaluation_record"},
     {
