@@ -23,9 +23,12 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        if (place := torch.device(device)).index is not None:
-            torch.cuda.set_device(place)
+        place = torch.device(device)
+        if place.type == "cpu":  # with a number, which everything else would take for a GPU
+            raise ValueError
         torch.empty(0, device=place)
+        if place.type == "cuda" and place.index is not None:
+            torch.cuda.set_device(place)
     except (RuntimeError, AssertionError, ValueError):  # torch asserts that it was built for the device
         raise UsageError(
             f"no {device} device is usable here",

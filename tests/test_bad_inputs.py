@@ -372,6 +372,9 @@ BAD_OPTIONS = [
     (["--max-memory", "1MB"], "--max-memory 1 MiB is too little", "allow "),
     (["--threads", "0"], "resources.threads: input should be greater than or equal to 1", "it is 0"),
     (["--device", "abacus"], "no abacus device is usable here", "--device cpu"),
+    (["--device", "cpu:0"], "no cpu:0 device is usable here", "--device cpu"),
+    (["--device", "cuda:99"], "no cuda:99 device is usable here", "--device cpu"),
+    (["--device", "cuda:x"], "no cuda:x device is usable here", "--device cpu"),
     (["--revision", "main"], "--revision is for Hub ids", "leave it out"),
     (["--recipe", "no.yaml"], "the recipe cannot be read: No such file", "check the path"),
 ]  # fmt: skip
