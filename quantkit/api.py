@@ -23,7 +23,7 @@ from quantkit.comparer import (
 )
 from quantkit.console import Console
 from quantkit.devices import check_device, check_gpu_memory, own_gpu, warn_if_slow
-from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.errors import OutputError, RunError, SourceError, UsageError
 from quantkit.evaluation import Evaluation, TaskScore
 from quantkit.evaluation_record import Record
 from quantkit.evaluator import WINDOWS, Subject, Windows, evaluate_folder
@@ -231,7 +231,7 @@ def finish(out: str | Path, *, source: str | None = None, console: Console = _QU
         return already_done(Path(out))
     try:
         made = _finish(Path(out), source, console)
-    except OutputError:
+    except (OutputError, RunError):
         if not finished_meanwhile(Path(out)):
             raise
         return already_done(Path(out))

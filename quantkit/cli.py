@@ -443,7 +443,8 @@ TEAMWORK = {"quantize", "prune", "convert", "run", "measure", "eval"}
 
 def _linger() -> None:
     """Waits while another process says what is wrong: torchrun ends all where one has ended."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     time.sleep(LINGER)
 
 
@@ -472,7 +473,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except QuantkitError as e:
         if e.own or not follows():
             console.error(e)
-        else:
+        elif not isinstance(e, Interrupted):
             _linger()
         sys.exit(e.exit_code)
     except click.ClickException as e:

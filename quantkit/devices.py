@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 from quantkit.console import Console, human_bytes
@@ -38,19 +39,21 @@ def check_device(device: str) -> None:
 
 
 def check_gpu_memory(device: str, needed: int) -> None:
-    """UsageError if a GPU has less free than `needed` bytes of numbers, and what is lost beside."""
+    """UsageError if a GPU has less free than `needed` bytes of numbers, and what is lost beside. What an earlier job of
+    this process has left for the garbage collector is free."""
     if device == "cpu" or not needed:
         return
     import torch
 
     from quantkit.torch_setup import free_memory
 
+    gc.collect()
     free = free_memory(torch.device(device))
     if needed + MARGIN > free:
         raise UsageError(
             f"this job needs {human_bytes(needed + MARGIN)} of GPU memory, and {human_bytes(free)} are free",
             where=f"--device {device}",
-            hint="use a larger GPU, or shorter rows: --calib-length; or leave --device out",
+            hint="use a larger GPU, or shorter rows of text, or leave --device out",
         )
 
 
@@ -67,7 +70,15 @@ def warn_if_slow(device: str, console: Console) -> None:
 
 
 def own_gpu(device: str, team: Team) -> str:
-    """Where `device` is whichever GPU there is, each process of a machine takes another: which one."""
+    """Where `device` is whichever GPU there is, each process of a machine takes another: which one. UsageError if all
+    are told the same one."""
+    if device.startswith("cuda:") and team.here > 1:
+        error = UsageError(
+            f"{team.here} processes would all take {device}", where="--device",
+            hint="say --device cuda, and each takes its own",
+        )  # fmt: skip
+        error.said = not team.leads
+        raise error
     if device != "cuda":
         return device
     import torch
@@ -78,9 +89,9 @@ def own_gpu(device: str, team: Team) -> str:
 
 def out_of_memory(e: RuntimeError | MemoryError) -> RunError | None:
     """What a user is told, if that is what the error says."""
-    again = "and run the same command again: what is done is kept"
+    again = "and run the same command again"
     if type(e).__name__ == "OutOfMemoryError" or any(words in str(e) for words in FULL):
-        hint = f"end what else runs there, or take shorter rows (--calib-length), {again}"
+        hint = f"end what else runs there, {again}"
         return RunError("the GPU's memory is full", where="--device", hint=hint)
     if isinstance(e, MemoryError) or FULL_RAM in str(e):
         return RunError("the memory is full", where="this machine's RAM", hint=f"end what else runs, {again}")

@@ -75,13 +75,13 @@ class FolderModel:
         scores = 3 * self._scores * length**2
         return max(self.layer_bytes) + FLOAT * (2 * self._largest + way + scores)
 
-    def embed(self, ids: torch.Tensor, scratch: Path) -> None:
-        """Token ids [windows, length] → hidden states in a file without a name: it is gone with the process."""
+    def embed(self, ids: torch.Tensor, scratch: Path, room: Room | None = None) -> None:
+        """Token ids [windows, length] → hidden states in a file without a name: it is gone with the process; on a GPU
+        as far as there is room."""
         with self.skeleton.embedded(self.weights, ids) as (rows, self.calls):
             first = next(rows)
             if self.hidden is not None:
                 self.hidden.close()
-            room = Room.quarter(self.skeleton.device)
             self.hidden = HiddenStates(scratch / "hidden", len(ids), ids.shape[1], first.shape[-1], room=room)
             self.hidden.path.unlink()
             if (free := shutil.disk_usage(scratch).free) < self.hidden.nbytes:

@@ -74,6 +74,7 @@ def evaluate_folder(
     """
     import torch
 
+    from quantkit.calibration.room import Room
     from quantkit.evaluation_model import FolderModel
     from quantkit.solvers.team import ALONE
     from quantkit.torch_setup import torch_settings
@@ -114,11 +115,12 @@ def evaluate_folder(
         if device == "cpu":
             console.note(f"RAM at most {human_bytes(needed)}, one layer at a time")
         else:
-            console.note(f"GPU memory at most {human_bytes(needed - BASE)}, one layer at a time")
+            console.note(f"GPU memory {human_bytes(needed - BASE)}, and what is free for hidden states")
         scratch = stack.enter_context(_scratch())
         with console.progress(sum(model.work for model in models)) as progress:
-            for model in models:
-                model.embed(ids, scratch)
+            rooms = [Room.beside(torch.device(device), needed - BASE, len(models)) for _ in models]
+            for model, room in zip(models, rooms, strict=True):
+                model.embed(ids, scratch, room)
                 model.windows_apart = team.rank, team.size
             apart = _run(models, progress)
             losses, divergences, agreed = _predict(models, ids, progress)

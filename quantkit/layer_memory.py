@@ -139,8 +139,8 @@ def plan_layers(
 
 
 def _scores(stream: StreamShape, length: int, device: str) -> int:
-    """Bytes of attention's scores, with a mask and their softmax. On a CPU they are never there whole; on a GPU torch
-    has no such kernel for float32 where several heads share keys."""
+    """Bytes of attention's scores, with a mask and their softmax. On a CPU they are never there whole; on a GPU they
+    may be: for float32, torch has no kernel without them where several heads share keys."""
     return 0 if device == "cpu" else 3 * FLOAT * stream.heads * length**2
 
 

@@ -11,6 +11,7 @@ from quantkit.devices import check_device, check_gpu_memory, warn_if_slow
 from quantkit.errors import OutputError, UsageError
 from quantkit.hub import expand, is_local, resolve
 from quantkit.job_memory import measuring_memory
+from quantkit.layer_memory import LayerMemory
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.measurement import ROWS, Measurement, allocated, check_fits, digest_of_weights, read_measurement
 from quantkit.measurer import Job
@@ -18,7 +19,7 @@ from quantkit.measurer import measure as measure_job
 from quantkit.methods.base import Mixed, WeightSpec
 from quantkit.output import check_place
 from quantkit.patterns import matches
-from quantkit.planner import linears_to_mix, source_tensors, tokens_for
+from quantkit.planner import linears_to_mix, make_plan, source_tensors, tokens_for
 from quantkit.plans import Origin
 from quantkit.recipe import Recipe
 from quantkit.restored import open_files
@@ -90,8 +91,10 @@ def known_losses(
         return None
     allocated(mixing, params, specs, None)  # what cannot be had is refused before anything is measured
     job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens)
-    memory = measuring_memory(recipe, checkpoint, source_tensors(checkpoint), linears, job.tokens)
-    check_gpu_memory(job.device, memory.at_work)
+    if job.device != "cpu":  # of what is measured, and of what comes after it
+        memory = measuring_memory(recipe, checkpoint, source_tensors(checkpoint), linears, job.tokens)
+        assumed = make_plan(recipe, checkpoint, origin, quiet=True)
+        check_gpu_memory(job.device, max(memory.at_work, assumed.memory.on_gpu))
     console.note(f"measuring what {len(specs):,} linears lose, into {path.name}; the rest follows")
     return measure_job(job, path, console)
 
@@ -122,7 +125,12 @@ def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, conso
         folder, origin = resolve(recipe.source, recipe.revision, quiet=console.quiet)
         checkpoint = open_checkpoint(folder, native=recipe.native.options)
         linears, specs, params = linears_to_mix(recipe, checkpoint)
-        return Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
+        job = Job.of(recipe, checkpoint, origin.name, linears, specs, params, tokens_for(recipe, checkpoint))
+        check_gpu_memory(job.device, memory_of(job).at_work)
+        return job
+
+    def memory_of(job: Job) -> LayerMemory:
+        return measuring_memory(recipe, job.checkpoint, source_tensors(job.checkpoint), job.linears, job.tokens)
 
     path = expand(str(out))
     if team is None:
@@ -132,8 +140,7 @@ def measure_recipe(recipe: Recipe, out: Path, *, team: Team | None = None, conso
         there = team.tell(path.exists())
     if there:
         return _measured(job, path)
-    memory = measuring_memory(recipe, job.checkpoint, source_tensors(job.checkpoint), job.linears, job.tokens)
-    check_gpu_memory(job.device, memory.at_work)
+    memory = memory_of(job)
     warn_if_slow(job.device, console)
     console.note(f"peak RAM {human_bytes(memory.peak)}, scratch on disk {human_bytes(memory.scratch)}")
     return measure_job(job, path, console, team)

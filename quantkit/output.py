@@ -10,6 +10,7 @@ from typing import Any
 
 from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import read_json
+from quantkit.checkpoint.shared import listed
 from quantkit.checkpoint.writer import PARTIAL
 from quantkit.errors import OutputError, SourceError
 from quantkit.layouts import Checkpoint
@@ -91,7 +92,7 @@ def is_finished(out: Path, plan: Plan) -> bool:
 
 def was_finished(out: Path) -> bool:
     """Whether a folder is the result of some plan, with nothing left to do."""
-    return _finished_hash(out) is not None and not any((out / FOLDER / name).exists() for name in (JOB, "journal"))
+    return _finished_hash(out) is not None and not {JOB, "journal"} & set(listed(out / FOLDER))
 
 
 def check_place(

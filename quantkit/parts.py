@@ -93,7 +93,7 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         try:
             opened = stack.enter_context(_opened(plan, checkpoint, out, part))
         except OSError as e:
-            if e.errno not in GONE or not finished_meanwhile(out):
+            if e.errno not in GONE or not finished_meanwhile(out) or not is_finished(out, plan):
                 raise
             opened = None
         if opened is None:
@@ -151,10 +151,11 @@ def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterat
             known = _read_job(out)
             if known is not None:
                 _same_job(known, job, out)
-            elif is_finished(out, plan):
+            elif was_finished(out):
                 _forget(out)
-                yield None
-                return
+                if is_finished(out, plan):
+                    yield None
+                    return
             if known is None or not known["files"]:  # nobody has written yet
                 known, writer = _begun(plan, out, job)
                 stack.callback(writer.close)
@@ -177,12 +178,24 @@ def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], 
     _same_job(begun, job, out)
     if begun == ours:
         (out / FOLDER / FILES).unlink(missing_ok=True)  # of an earlier job
+    elif _has_journals(out, begun["id"]):
+        raise OutputError(
+            f"the folder holds parts, and not {FILES}, which says where they are", where=str(out / FOLDER),
+            hint="delete the folder, and begin again",
+        )  # fmt: skip
     writer = ShardWriter(out, layouts(plan), reserve=False)
     try:
-        return {**begun, "files": write_once(out / FOLDER / FILES, writer.inodes)}, writer
+        files = write_once(out / FOLDER / FILES, writer.inodes)
+        _check_files(plan, out, files)
+        return {**begun, "files": files}, writer
     except BaseException:
         writer.close()
         raise
+
+
+def _has_journals(out: Path, job: str) -> bool:
+    """Whether parts have written for this job: they do only where files.json is there, or was."""
+    return any(f'"job": "{job}"'.encode() in path.read_bytes()[:200] for path in (out / FOLDER).glob("part-*"))
 
 
 def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
@@ -297,6 +310,8 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
         with writing(out / FOLDER / "finish"):
             own = Journal(out, "finish", "another process is finishing this folder")
         stack.callback(own.close)
+        if not job["files"]:
+            raise _not_finished(parts[0], out)
         _check_files(plan, out, job["files"])
         for part in parts:
             journal = Journal(out, _name(part), f"part {part} is under way") if _begun_by(part, out) else None
@@ -305,9 +320,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                 entries += journal.entries
             ours = journal is not None and journal.head is not None and journal.head.get("job") == job["id"]
             if journal is None or not ours or not any("done" in e for e in journal.entries):
-                raise RunError(
-                    f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}"
-                )
+                raise _not_finished(part, out)
         if own.head is None or own.head.get("job") != job["id"]:
             own.start({"job": job["id"]})
         kept = Kept.read([*entries, *own.entries])
@@ -329,10 +342,17 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
     return outcome_of(out, plan, started, 0, measured)
 
 
+def _not_finished(part: Part, out: Path) -> RunError:
+    return RunError(f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}")
+
+
 def finished_meanwhile(out: Path) -> bool:
-    """Whether another process has finished the folder, which this machine may see a moment later."""
-    for _ in range(4 if out.is_dir() else 0):
+    """Whether another process has finished the folder, which this machine may see a moment later. What this one has put
+    there to finish it, too, is taken away."""
+    for _ in range(5 if out.is_dir() else 0):
         if was_finished(out):
+            if (out / FOLDER).is_dir():
+                _forget(out)
             return True
         time.sleep(PAUSE)
     return False
@@ -376,7 +396,8 @@ def _begun_by(part: Part, out: Path) -> bool:
 def _forget(out: Path) -> None:
     """The folder is a model: journals, and last the job that they are of, are no more needed."""
     folder = out / FOLDER
-    for path in (*folder.glob("part-*"), folder / "finish", folder / FILES, folder / JOB, folder / "lock"):
+    beside = [path for name in (FILES, JOB) for path in folder.glob(f"{name}.*")]  # of who died as he wrote it
+    for path in (*folder.glob("part-*"), *beside, folder / "finish", folder / FILES, folder / JOB, folder / "lock"):
         path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

@@ -31,7 +31,7 @@ from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.reader import SourceFiles, not_finite, runs_buffer, safe_path
 from quantkit.checkpoint.system import PAGE, page_buffer
 from quantkit.checkpoint.views import SourceTensor, same_bytes
-from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write_error, write_file, writing
+from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write_error, write_file
 from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, RunError, SourceError
@@ -442,9 +442,7 @@ def help_with(plan: Plan, checkpoint: Checkpoint, out: Path, team: Team) -> None
     layers: LayersDone | None = team.hear()
     if layers is not None:
         with SourceFiles(checkpoint.folder, checkpoint.files) as files:
-            run = LayerRun(plan, checkpoint, files, Nowhere(), partial(check_finite, plan, files), team)
-            with writing(scratch(out)):
-                run.run(out, layers)
+            LayerRun(plan, checkpoint, files, Nowhere(), partial(check_finite, plan, files), team).run(out, layers)
 
 
 def _reopen(plan: Plan, out: Path) -> None:

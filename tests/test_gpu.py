@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ from pretend_gpu import Held, pretend_gpu
 from test_resume import digests
 
 import quantkit
-from quantkit import api
+from quantkit import api, evaluation_model
 from quantkit.api import run_recipe
 from quantkit.cli import main
+from quantkit.console import Console, human_bytes
 from quantkit.devices import FULL, FULL_RAM
 from quantkit.errors import UsageError
+from quantkit.evaluation_model import FolderModel
+from quantkit.evaluator import peak_memory
+from quantkit.layer_memory import BASE
+from quantkit.layouts import open_checkpoint
 from quantkit.memory import MARGIN
 from quantkit.recipe import build_recipe
 from quantkit.solvers.coded import Coded
@@ -217,6 +223,29 @@ def test_evaluated_there(work: Path, gpu: Held) -> None:
     assert there.perplexity == pytest.approx(here.perplexity, rel=1e-6)
     assert there.against is not None
     assert there.against.kl == 0
+
+
+def test_evaluated_again_and_again_in_what_it_needs(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no more than that: nothing of a model before is left, and rows are in files."""
+    text, windows = str(work / "text.txt"), {"windows": 3, "length": 32}
+    said: list[str] = []
+    monkeypatch.setattr(evaluation_model, "CHUNK", 2**12)  # otherwise the logits would be the most of it
+
+    class Listening(Console):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    with pretend_gpu(monkeypatch, FREE):
+        quantkit.evaluate(work / "llama", text, device="cuda", console=Listening(quiet=True), **windows)
+    model = FolderModel(open_checkpoint(work / "llama"), "llama", "cpu")
+    needed = peak_memory([model], 32) - BASE
+    assert any(f"GPU memory {human_bytes(needed)}" in line for line in said)
+    for free, ends in ((needed, nullcontext()), (needed - 1, pytest.raises(UsageError, match="GPU memory"))):
+        with pretend_gpu(monkeypatch, free + MARGIN) as held, ends:
+            for _ in range(3):
+                held.start()
+                quantkit.evaluate(work / "llama", text, device="cuda", **windows)
+                assert needed / 4 < held.peak <= needed
 
 
 @pytest.mark.parametrize("what", [GPTQ, {"prune": {"method": "sparsegpt", "sparsity": 0.5}}])

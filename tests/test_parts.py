@@ -278,6 +278,39 @@ def test_files_that_were_replaced(out: Path, source: Path) -> None:
     refused(cli("finish", str(out)), "replaced or deleted")
 
 
+def test_what_says_which_files_is_gone(out: Path, source: Path) -> None:
+    """Parts would write to other files than those that journals speak of."""
+    (out / ".quantkit" / "files.json").unlink()
+    next(out.glob("*.partial")).unlink()
+    refused(quantize(source, out, "--part", "2/2"), "not files.json")
+    refused(cli("finish", str(out)), "is not finished", code=1)
+
+
+def test_dead_before_there_were_files(out: Path, source: Path, reference: dict[str, str]) -> None:
+    """The first part was killed when it had described the job, and before that, as it wrote another file."""
+    (out / ".quantkit" / "files.json").unlink()
+    (out / ".quantkit" / "part-1-of-2").unlink()
+    (out / ".quantkit" / "job.json.0123456789abcdef").write_text("{")
+    refused(cli("finish", str(out)), "part 1/2 is not finished", code=1)
+    for part in ("1/2", "2/2"):
+        assert quantize(source, out, "--part", part).returncode == 0
+    assert cli("finish", str(out), "--quiet").returncode == 0
+    assert digests(out) == reference
+    assert not (out / ".quantkit").exists()
+
+
+def test_two_finish(out: Path, source: Path, reference: dict[str, str]) -> None:
+    assert quantize(source, out, "--part", "2/2").returncode == 0
+    line = [sys.executable, "-m", "quantkit", "finish", str(out), "--quiet"]
+    both = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in both]
+    codes = {process.returncode for process in both}
+    assert 0 in codes
+    assert codes == {0} or "another process is finishing" in "".join(said)
+    assert digests(out) == reference
+    assert not (out / ".quantkit").exists()
+
+
 def test_journals_of_a_job_before(out: Path, source: Path, reference: dict[str, str]) -> None:
     """`finish` died when it had removed the job and no journal, and somebody emptied the folder but for names with a
     dot: what journals say is there is not."""

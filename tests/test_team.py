@@ -237,6 +237,14 @@ def test_variables_that_are_missing(work: Path) -> None:
     assert (done.returncode, "MASTER_PORT is not" in done.stderr) == (0, True), done.stderr
 
 
+def test_one_gpu_for_all(work: Path) -> None:
+    line = ["quantize", "model", "-o", "one-gpu", "--quiet", "--device", "cuda:0"]
+    leader, other = by_rank(work, line, line)
+    assert leader.returncode == other.returncode == 2
+    assert "2 processes would all take cuda:0" in leader.stderr
+    assert "error" not in other.stderr
+
+
 def test_no_model_on_another_machine(work: Path) -> None:
     leader, other = by_rank(work, line("gptq", "model", "half"), line("gptq", "nowhere", "half"))
     assert leader.returncode == 1

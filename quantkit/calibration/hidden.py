@@ -122,10 +122,10 @@ class HiddenStates:
         if team.alone:
             return
         elsewhere = team.here < team.size
-        with writing(self.path):
-            if elsewhere:  # GlusterFS writes behind a close, and says only then that the disk is full
+        if elsewhere:  # GlusterFS writes behind a close, and says only then that the disk is full
+            with writing(self.path):
                 sync_data(self._fd)
-            self.close()
+        self.close()
         for shapes in team.gather(self._shapes):
             self._shapes |= shapes
         self._open()
@@ -148,7 +148,7 @@ class HiddenStates:
             sync_data(self._fd)
 
     def remove(self) -> None:
-        with suppress(OSError):  # nobody will read it
+        with suppress(RunError):  # nobody will read it
             self.close()
         self.path.unlink(missing_ok=True)
 
@@ -160,7 +160,8 @@ class HiddenStates:
         self._there = {}
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            with writing(self.path):
+                os.close(fd)
 
 
 def row_bytes(length: int, width: int, itemsize: int) -> int:

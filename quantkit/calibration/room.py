@@ -27,16 +27,11 @@ class Room:
         self._waiting: deque[Future[None]] = deque()
 
     @staticmethod
-    def quarter(device: torch.device) -> Room | None:
-        """A quarter of what is free on a GPU: two models' rows leave half. None: not a GPU."""
-        return Room(device, free_memory(device) // 4) if device.type == "cuda" else None
-
-    @staticmethod
-    def beside(device: torch.device, needed: int) -> Room | None:
-        """What is free on a GPU beyond `needed` bytes and some. None: not a GPU."""
+    def beside(device: torch.device, needed: int, of: int = 1) -> Room | None:
+        """What is free on a GPU beyond `needed` bytes and some; one of so many equal parts of it. None: not a GPU."""
         if device.type != "cuda":
             return None
-        return Room(device, max(free_memory(device) - needed - MARGIN, 0))
+        return Room(device, max(free_memory(device) - needed - MARGIN, 0) // of)
 
     def take(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """A tensor of that shape on the GPU, with nothing in it; None where there is no room."""

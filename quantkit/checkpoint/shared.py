@@ -59,18 +59,18 @@ def write_once(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """What the file holds by now: `content`, or what another process wrote before. It is never replaced, so that nobody
     can remember an older version of it."""
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with beside.open("xb") as f:
-        f.write(json.dumps(content).encode())
-        f.flush()
-        os.fsync(f.fileno())
     try:
+        with beside.open("xb") as f:
+            f.write(json.dumps(content).encode())
+            f.flush()
+            os.fsync(f.fileno())
         os.link(beside, path)
     except FileExistsError:
         return read_if_there(path, certain=True) or {}
     except OSError as e:
         if e.errno not in NO_LINKS:
             raise
-        os.replace(beside, path)  # a filesystem of one machine, and the caller has locked the folder
+        os.replace(beside, path)  # nobody else does at this moment: the caller has locked the folder
     finally:
         beside.unlink(missing_ok=True)
     return content
@@ -80,7 +80,7 @@ def read_if_there(path: Path, *, certain: bool = False) -> dict[str, Any] | None
     """A file of `write_once`, None if there is none. A machine may remember that there was none; in the folder's list
     it is there. certain: it is, whatever the list says. SourceError if it holds something else."""
     for _ in range(RETRIES):
-        if not certain and path.name not in _listed(path.parent):
+        if not certain and path.name not in listed(path.parent):
             return None
         with suppress(SourceError):
             return read_json(path)
@@ -88,7 +88,9 @@ def read_if_there(path: Path, *, certain: bool = False) -> dict[str, Any] | None
     return read_json(path)
 
 
-def _listed(folder: Path) -> list[str]:
+def listed(folder: Path) -> list[str]:
+    """What is in a folder, nothing if there is none. A list is up to date where a machine still remembers a file that
+    another has deleted."""
     try:
         return os.listdir(folder)
     except OSError as e:

@@ -60,21 +60,24 @@ def lacking(device: torch.device) -> str | None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < OLDEST:
         return "Triton compiles for no GPU as old as this one"
-    return None if _works(device) else "Triton does not work here"
+    return _fault(device)
+
+
+def _works(device: torch.device) -> bool:
+    new = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= OLDEST
+    return new and _fault(device) is None
 
 
 @functools.cache
-def _works(device: torch.device) -> bool:
+def _fault(device: torch.device) -> str | None:
     """Tried on one weight: Triton needs a C compiler and Python's headers, which images made for running lack."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < OLDEST:
-        return False
     one, zero = torch.ones((1, 1), device=device), torch.zeros(1, dtype=torch.int64, device=device)
     codes = torch.zeros((1, 1), dtype=torch.uint8, device=device)
     try:
         round_block(one, one, one, 0, zero, zero.int(), one[0], one, one, None, codes, one.clone())
-    except Exception:  # whatever it is, torch can do the same without
-        return False
-    return True
+    except Exception as e:  # whatever it is, torch can do the same without
+        return f"Triton does not work here ({(str(e) or type(e).__name__).splitlines()[0][:200]})"
+    return None
 
 
 def round_block(

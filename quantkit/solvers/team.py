@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -156,22 +158,23 @@ class Team:
             flat = torch.empty(sum(part.nbytes for part in piece), dtype=torch.uint8, device=device)
         if wire is not None:
             self.meet()  # NCCL would wait for one that is gone, or works on something else
-        with self._peers():
+        with self._peers(wired=wire is not None):
             distributed.broadcast(flat, owner, wire if wire is not None else self.group)
         if owner != self.rank:
             for part, raw in zip(piece, torch.split(flat, [part.nbytes for part in piece]), strict=True):
                 part.copy_(raw.clone().view(part.dtype).reshape(part.shape))
 
     @contextmanager
-    def _peers(self) -> Iterator[None]:
-        """RunError for what torch says where another process is gone."""
+    def _peers(self, *, wired: bool = False) -> Iterator[None]:
+        """RunError for what torch says where another process is gone; wired: or where GPUs cannot reach each other."""
         try:
             yield
         except torch.OutOfMemoryError:  # a RuntimeError, and this process's own
             raise
-        except (RuntimeError, pickle.UnpicklingError):  # in words that say nothing of what happened there
+        except (RuntimeError, pickle.UnpicklingError) as e:  # gloo's words say nothing of what happened there
+            why = f", or GPUs do not reach each other: {_first_line(e)}" if wired else ""
             gone = RunError(
-                "another process of the team is gone",
+                f"another process of the team is gone{why}",
                 where=f"process {self.rank} of {self.size}, on {socket.gethostname()}",
                 hint="see what the other said; the same command takes up where it stopped",
             )
@@ -223,6 +226,24 @@ def joined() -> Iterator[Team]:
         distributed.destroy_process_group()
 
 
+def _first_line(e: Exception) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def _can_be_ended() -> Iterator[None]:
+    """Signals end the process at once: nothing is begun yet, and what waits for peers is not Python."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def _met() -> Any:
     """The group of all processes."""
     where = ", ".join(f"{key}={os.environ.get(key)}" for key in VARIABLES)
@@ -233,11 +254,11 @@ def _met() -> Any:
             hint="torchrun sets them; for one process alone, unset them",
         )  # fmt: skip
     try:
-        distributed.init_process_group("gloo", timeout=MEETING)
+        with _can_be_ended():
+            distributed.init_process_group("gloo", timeout=MEETING)
         return distributed.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as e:
-        said = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
         raise RunError(
-            f"the team did not come together: {said}", where=where,
+            f"the team did not come together: {_first_line(e)}", where=where,
             hint="start all of its processes, on a port that is free; for one alone, unset these",
         ) from None  # fmt: skip
