@@ -489,7 +489,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
-        console.error(interrupted)
+        if not follows():
+            console.error(interrupted)
         sys.exit(interrupted.exit_code)
     except (RuntimeError, MemoryError) as e:  # click's Abort is one, too, and was caught above
         from quantkit.devices import out_of_memory
