@@ -248,7 +248,9 @@ def test_evaluated_again_and_again_in_what_it_needs(work: Path, monkeypatch: pyt
                 assert needed / 4 < held.peak <= needed
 
 
-@pytest.mark.parametrize("what", [GPTQ, {"prune": {"method": "sparsegpt", "sparsity": 0.5}}])
+@pytest.mark.parametrize(
+    "what", [pytest.param(GPTQ, marks=pytest.mark.slow), {"prune": {"method": "sparsegpt", "sparsity": 0.5}}]
+)
 def test_memory_is_as_planned(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: dict[str, Any]
 ) -> None:
