@@ -463,7 +463,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: no terminal's alphabet stops a result
     if TEAMWORK & set(arguments[:1]):
         if missing := half_launched():
-            console.warn(f"RANK and WORLD_SIZE are set, and {missing} is not: this process works alone")
+            console.warn(f"RANK and WORLD_SIZE name a team, without {missing}: this process works alone")
     elif follows():  # the first one does it alone
         sys.exit(0)
     # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.

@@ -82,8 +82,13 @@ def forecast(plan: Plan, nodes: int, gpus: int, rates: Rates | None, network: fl
         raise UsageError(
             "this plan is for a GPU" if cuda else "this plan is for CPUs",
             where=f"--device {plan.recipe.resources.device}, --gpus-per-node {gpus}",
-            hint="name --gpus-per-node with --device cuda, and only then",
+            hint="add --gpus-per-node N" if cuda else "add --device cuda, or leave --gpus-per-node out",
         )
+    if ":" in plan.recipe.resources.device and nodes * gpus > 1:
+        raise UsageError(
+            f"{nodes * gpus} processes would all take {plan.recipe.resources.device}", where="--device",
+            hint="say --device cuda, and each takes its own",
+        )  # fmt: skip
     if rates is not None and cuda != (rates.device != "cpu"):
         raise UsageError(
             f"the profile is of {rates.device!r}, the plan for {plan.recipe.resources.device}", where="--profile",

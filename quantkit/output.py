@@ -117,6 +117,11 @@ def check_place(
     if os.path.exists(out) and not out.is_dir():
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     names = _names(out)
+    if names and parts and any((out / FOLDER).glob("part-*")) and _finished_hash(out) is None:
+        raise OutputError(
+            f"the folder holds parts, and not {JOB}, which says of what", where=str(out),
+            hint="delete the folder, and begin again",
+        )  # fmt: skip
     if names and not force and _finished_hash(out) is None and not (out / FOLDER / "journal").exists():
         raise _occupied(out, f"is not empty ({', '.join(names[:3])})")
     if quantize is not None and not force and _finished_hash(out) is not None:

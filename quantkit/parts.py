@@ -84,6 +84,10 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         raise UsageError(
             "mixed bits are not written in parts", where=str(out), hint="leave --part out, or use --bits 4 or 8"
         )
+    if part.count > len(plan.units):
+        raise UsageError(
+            f"{part.count:,} parts are too many for {len(plan.units):,} tensors", where="--part", hint="take fewer"
+        )
     if _over(out, plan, checkpoint):
         return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:
@@ -179,10 +183,7 @@ def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], 
     if begun == ours:
         (out / FOLDER / FILES).unlink(missing_ok=True)  # of an earlier job
     elif _has_journals(out, begun["id"]):
-        raise OutputError(
-            f"the folder holds parts, and not {FILES}, which says where they are", where=str(out / FOLDER),
-            hint="delete the folder, and begin again",
-        )  # fmt: skip
+        raise _without(FILES, out)
     writer = ShardWriter(out, layouts(plan), reserve=False)
     try:
         files = write_once(out / FOLDER / FILES, writer.inodes)
@@ -196,6 +197,11 @@ def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], 
 def _has_journals(out: Path, job: str) -> bool:
     """Whether parts have written for this job: they do only where files.json is there, or was."""
     return any(f'"job": "{job}"'.encode() in path.read_bytes()[:200] for path in (out / FOLDER).glob("part-*"))
+
+
+def _without(name: str, out: Path) -> OutputError:
+    hint = "delete the folder, and begin again"
+    return OutputError(f"the folder holds parts, and not {name}, which says of what", where=str(out), hint=hint)
 
 
 def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
@@ -247,14 +253,19 @@ def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> No
 def _read_job(out: Path) -> dict[str, Any] | None:
     """files: none as long as nobody has made them."""
     path = out / FOLDER / JOB
-    found = read_if_there(path)
+    try:
+        found, files = read_if_there(path), read_if_there(out / FOLDER / FILES)
+    except SourceError as e:
+        raise _damaged(e.where) from None
     if found is None:
         return None
     if not {"id", "plan", "parts", "stamps", "recipe"} <= found.keys() or type(found["parts"]) is not int:
-        raise OutputError(
-            "the job's description is damaged", where=str(path), hint="delete the folder, and begin again"
-        )
-    return {**found, "files": read_if_there(out / FOLDER / FILES) or {}}
+        raise _damaged(str(path))
+    return {**found, "files": files or {}}
+
+
+def _damaged(where: str) -> OutputError:
+    return OutputError("the job's description is damaged", where=where, hint="delete the folder, and begin again")
 
 
 @contextmanager
@@ -291,6 +302,8 @@ def job_recipe(out: Path, source: str | None) -> Recipe:
 def _no_parts(out: Path) -> OutputError:
     if not out.is_dir():
         return OutputError("there is no such folder", where=str(out), hint="name the one that --part wrote to")
+    if any((out / FOLDER).glob("part-*")):
+        return _without(JOB, out)
     return OutputError(
         "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
     )
@@ -311,7 +324,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
             own = Journal(out, "finish", "another process is finishing this folder")
         stack.callback(own.close)
         if not job["files"]:
-            raise _not_finished(parts[0], out)
+            raise _without(FILES, out) if _has_journals(out, job["id"]) else _not_finished(parts[0], out)
         _check_files(plan, out, job["files"])
         for part in parts:
             journal = Journal(out, _name(part), f"part {part} is under way") if _begun_by(part, out) else None

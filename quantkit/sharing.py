@@ -24,7 +24,7 @@ class Part:
 
 def parse_part(text: str) -> Part:
     """Part of "3/8"; UsageError if that is none."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(
             f"{text!r} is not a part", where="--part", hint="--part 3/8 is the third of eight; at most 999,999"

@@ -283,7 +283,21 @@ def test_what_says_which_files_is_gone(out: Path, source: Path) -> None:
     (out / ".quantkit" / "files.json").unlink()
     next(out.glob("*.partial")).unlink()
     refused(quantize(source, out, "--part", "2/2"), "not files.json")
-    refused(cli("finish", str(out)), "is not finished", code=1)
+    refused(cli("finish", str(out)), "not files.json")
+
+
+def test_what_the_job_was_is_gone(out: Path, source: Path) -> None:
+    (out / ".quantkit" / "job.json").write_text("[")
+    refused(quantize(source, out, "--part", "2/2"), "damaged")
+    refused(cli("finish", str(out)), "damaged")
+    (out / ".quantkit" / "job.json").unlink()
+    refused(quantize(source, out, "--part", "2/2"), "not job.json")
+    refused(cli("finish", str(out)), "not job.json")
+
+
+def test_more_parts_than_tensors(source: Path, tmp_path: Path) -> None:
+    refused(quantize(source, tmp_path / "out", "--part", "1/100000"), "too many")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dead_before_there_were_files(out: Path, source: Path, reference: dict[str, str]) -> None:
