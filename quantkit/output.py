@@ -72,6 +72,11 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     return journal
 
 
+def part_journals(out: Path) -> list[Path]:
+    """Those that parts of a job have left in a folder."""
+    return [out / FOLDER / name for name in listed(out / FOLDER) if name.startswith("part-")]
+
+
 def is_finished(out: Path, plan: Plan) -> bool:
     """Whether a folder without an unfinished run in it is the plan's result. OutputError if it is another one's, or is
     damaged."""
@@ -117,7 +122,7 @@ def check_place(
     if os.path.exists(out) and not out.is_dir():
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     names = _names(out)
-    if names and parts and any((out / FOLDER).glob("part-*")) and _finished_hash(out) is None:
+    if names and parts and part_journals(out) and _finished_hash(out) is None:
         raise OutputError(
             f"the folder holds parts, and not {JOB}, which says of what", where=str(out),
             hint="delete the folder, and begin again",

@@ -26,13 +26,22 @@ import yaml
 from quantkit.checkpoint.header import fsync_directory
 from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import SourceFiles
-from quantkit.checkpoint.shared import GONE, PAUSE, RETRIES, open_or_create, read_if_there, write_once
+from quantkit.checkpoint.shared import (
+    GONE,
+    PAUSE,
+    RETRIES,
+    listed,
+    make_folder,
+    open_or_create,
+    read_if_there,
+    write_once,
+)
 from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, writing
 from quantkit.console import Console
 from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
-from quantkit.output import FILES, JOB, check_place, is_finished, was_finished
+from quantkit.output import FILES, JOB, check_place, is_finished, part_journals, was_finished
 from quantkit.plans import Plan, Unit
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publish
@@ -148,7 +157,7 @@ def _over(out: Path, plan: Plan, checkpoint: Checkpoint) -> bool:
 def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterator[tuple[ShardWriter, Journal] | None]:
     """The files that all parts write to, and this part's journal; None if all was finished a moment ago."""
     job = _job(plan, checkpoint, part.count)
-    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    make_folder(out / FOLDER)
     with ExitStack() as stack:
         writer = None
         with _locked(out):
@@ -196,7 +205,11 @@ def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def _has_journals(out: Path, job: str) -> bool:
     """Whether parts have written for this job: they do only where files.json is there, or was."""
-    return any(f'"job": "{job}"'.encode() in path.read_bytes()[:200] for path in (out / FOLDER).glob("part-*"))
+    begins = b""
+    for path in part_journals(out):
+        with suppress(FileNotFoundError):
+            begins += path.read_bytes()[:200]
+    return f'"job": "{job}"'.encode() in begins
 
 
 def _without(name: str, out: Path) -> OutputError:
@@ -302,7 +315,7 @@ def job_recipe(out: Path, source: str | None) -> Recipe:
 def _no_parts(out: Path) -> OutputError:
     if not out.is_dir():
         return OutputError("there is no such folder", where=str(out), hint="name the one that --part wrote to")
-    if any((out / FOLDER).glob("part-*")):
+    if part_journals(out):
         return _without(JOB, out)
     return OutputError(
         "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
@@ -409,8 +422,9 @@ def _begun_by(part: Part, out: Path) -> bool:
 def _forget(out: Path) -> None:
     """The folder is a model: journals, and last the job that they are of, are no more needed."""
     folder = out / FOLDER
-    beside = [path for name in (FILES, JOB) for path in folder.glob(f"{name}.*")]  # of who died as he wrote it
-    for path in (*folder.glob("part-*"), *beside, folder / "finish", folder / FILES, folder / JOB, folder / "lock"):
+    # Beside these, what somebody has left who died as he wrote it.
+    beside = [folder / name for name in listed(folder) if name.startswith((f"{FILES}.", f"{JOB}."))]
+    for path in (*part_journals(out), *beside, folder / "finish", folder / FILES, folder / JOB, folder / "lock"):
         path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

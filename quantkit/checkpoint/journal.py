@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.shared import open_or_create
+from quantkit.checkpoint.shared import make_folder, open_or_create
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
 from quantkit.errors import OutputError, RunError
@@ -30,7 +30,7 @@ class Journal:
 
     def __init__(self, out: Path, name: str = "journal", writer: str = "another run is writing to this folder") -> None:
         self.path = out / FOLDER / name
-        self.path.parent.mkdir(exist_ok=True)
+        make_folder(self.path.parent)
         self._lock = threading.Lock()
         self._fd = open_or_create(self.path, 0o644, os.O_APPEND)
         try:

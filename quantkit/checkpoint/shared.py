@@ -25,6 +25,16 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # of what is remembered, and
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
+def make_folder(path: Path) -> None:
+    """With its parents. Where another machine makes it at the same time, this one may not see it for a moment."""
+    for _ in range(RETRIES):
+        with suppress(FileExistsError):
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        time.sleep(PAUSE)
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def open_or_create(path: Path, mode: int, flags: int = 0) -> int:
     """A descriptor to read and write by, of one file for all who ask at the same time. Links are not followed.
 
