@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from quantkit.solvers.team import Team
 
 _QUIET = Console(quiet=True)
-MEASURED = ".measurement.json"  # behind the name of the output folder
 
 
 def inspect(source: str, *, revision: str | None = None, sparsity: bool = False) -> Inspection:

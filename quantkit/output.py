@@ -72,6 +72,12 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
     return journal
 
 
+def without(name: str, out: Path) -> OutputError:
+    """Of a folder of parts that has lost one of the files that describe the job."""
+    hint = "delete the folder, and begin again"
+    return OutputError(f"the folder holds parts, and not {name}, which says of what", where=str(out), hint=hint)
+
+
 def part_journals(out: Path) -> list[Path]:
     """Those that parts of a job have left in a folder."""
     return [out / FOLDER / name for name in listed(out / FOLDER) if name.startswith("part-")]
@@ -123,10 +129,7 @@ def check_place(
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     names = _names(out)
     if names and parts and part_journals(out) and _finished_hash(out) is None:
-        raise OutputError(
-            f"the folder holds parts, and not {JOB}, which says of what", where=str(out),
-            hint="delete the folder, and begin again",
-        )  # fmt: skip
+        raise without(JOB, out)
     if names and not force and _finished_hash(out) is None and not (out / FOLDER / "journal").exists():
         raise _occupied(out, f"is not empty ({', '.join(names[:3])})")
     if quantize is not None and not force and _finished_hash(out) is not None:

@@ -41,7 +41,7 @@ from quantkit.console import Console
 from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
-from quantkit.output import FILES, JOB, check_place, is_finished, part_journals, was_finished
+from quantkit.output import FILES, JOB, check_place, is_finished, part_journals, was_finished, without
 from quantkit.plans import Plan, Unit
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publish
@@ -192,7 +192,7 @@ def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], 
     if begun == ours:
         (out / FOLDER / FILES).unlink(missing_ok=True)  # of an earlier job
     elif _has_journals(out, begun["id"]):
-        raise _without(FILES, out)
+        raise without(FILES, out)
     writer = ShardWriter(out, layouts(plan), reserve=False)
     try:
         files = write_once(out / FOLDER / FILES, writer.inodes)
@@ -210,11 +210,6 @@ def _has_journals(out: Path, job: str) -> bool:
         with suppress(FileNotFoundError):
             begins += path.read_bytes()[:200]
     return f'"job": "{job}"'.encode() in begins
-
-
-def _without(name: str, out: Path) -> OutputError:
-    hint = "delete the folder, and begin again"
-    return OutputError(f"the folder holds parts, and not {name}, which says of what", where=str(out), hint=hint)
 
 
 def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
@@ -316,7 +311,7 @@ def _no_parts(out: Path) -> OutputError:
     if not out.is_dir():
         return OutputError("there is no such folder", where=str(out), hint="name the one that --part wrote to")
     if part_journals(out):
-        return _without(JOB, out)
+        return without(JOB, out)
     return OutputError(
         "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
     )
@@ -337,7 +332,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
             own = Journal(out, "finish", "another process is finishing this folder")
         stack.callback(own.close)
         if not job["files"]:
-            raise _without(FILES, out) if _has_journals(out, job["id"]) else _not_finished(parts[0], out)
+            raise without(FILES, out) if _has_journals(out, job["id"]) else _not_finished(parts[0], out)
         _check_files(plan, out, job["files"])
         for part in parts:
             journal = Journal(out, _name(part), f"part {part} is under way") if _begun_by(part, out) else None

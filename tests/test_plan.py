@@ -278,7 +278,7 @@ def test_light_verbs_start_fast(verb: str, verbs: dict[str, list[str]]) -> None:
         subprocess.run([sys.executable, "-m", "quantkit", *verbs[verb]], capture_output=True, check=True, timeout=60)
         times.append(time.perf_counter() - began)
     print(f"{verb}: {min(times):.3f} s")
-    assert min(times) < 2.0  # half of it on a quiet machine
+    assert min(times) < 2.0  # 0.8 to 1.2 s on a slow one
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
