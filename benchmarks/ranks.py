@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("gptq", "nf4"))
     parser.add_argument("--runs", type=int, default=3)
     a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="ranks-", dir=a.out))
     print("| | one, seconds | two | | the same bytes |\n|---|--:|--:|--:|---|", flush=True)
     for name, job in (("gptq", gptq), ("nf4", nf4)):

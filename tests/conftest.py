@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach for a network
 # Before anything loads OpenMP: idle threads of one worker are not to keep those of another from the cores.
@@ -80,8 +80,7 @@ def quantkit() -> Run:
     """quantkit("plan", SRC, …) runs the program in a process of its own; output as text, exit code in returncode."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "quantkit", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+        return warm.run([*map(str, arguments)], **options)
 
     return run
 

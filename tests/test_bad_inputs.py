@@ -11,6 +11,8 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -717,7 +719,8 @@ def test_a_process_of_its_own(model: Path, out: Path, quantkit: Run) -> None:
     assert not out.exists()
 
 
-def test_a_terminal_without_unicode(model: Path, quantkit: Run) -> None:
-    result = quantkit("plan", model, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+def test_a_terminal_without_unicode(model: Path) -> None:
+    line = [sys.executable, "-m", "quantkit", "plan", str(model)]
+    result = subprocess.run(line, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "plan hash" in result.stdout

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from eval_models import build, quiet_transformers, text_of
 from tokenizers import Tokenizer, models
 
@@ -117,12 +116,11 @@ def test_files(work: Path, tmp_path: Path) -> None:
 
 def test_command(work: Path) -> None:
     words = ["compare", "nf4", "int8", "--text", "text.txt", "--windows", "2", "--length", "16", "--quiet"]
-    done = subprocess.run([sys.executable, "-m", "quantkit", *words], cwd=work, capture_output=True, text=True)
+    done = warm.run(words, cwd=work, torch=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["folder", "nf4", "int8"]
     assert any("2 windows of 16 tokens" in line for line in lines)
-    done = subprocess.run([sys.executable, "-m", "quantkit", "compare", "nowhere", "--text", "text.txt"],
-                          cwd=work, capture_output=True, text=True)  # fmt: skip
+    done = warm.run(["compare", "nowhere", "--text", "text.txt"], cwd=work, torch=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import warm
 from oracle.native_models import make_native
 from safetensors.torch import load_file, save_file
 from test_resume import (
@@ -143,14 +144,12 @@ def command(job: Job, out: Path, *options: str) -> list[str]:
     return ["convert", str(job.source), "-o", str(out), *job.options, *options]
 
 
-def start(job: Job, out: Path, *options: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "quantkit", *command(job, out, *options)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(job: Job, out: Path, *options: str) -> warm.Process:
+    return warm.start(command(job, out, *options))
 
 
 def finish(job: Job, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "quantkit", *command(job, out, *options)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+    return warm.run(command(job, out, *options))
 
 
 def stop_at(job: Job, out: Path, moment: Moment, what: signal.Signals, *options: str) -> tuple[int, str]:
@@ -341,8 +340,8 @@ def test_another_plan_does_not_take_over(jobs: Callable[[str], Job], tmp_path: P
     stop_at(job, out, lines(4), signal.SIGKILL)
     before = stamps(out)
     others = [start(jobs(kind), out) for kind in ("hf to pth", "pth to hf")]
-    quantize = [sys.executable, "-m", "quantkit", "quantize", str(job.source), "-o", str(out), "--quiet"]
-    others.append(subprocess.Popen(quantize, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    quantize = ["quantize", str(job.source), "-o", str(out), "--quiet"]
+    others.append(warm.start(quantize))
     for other in others:
         _, stderr = other.communicate(timeout=60)
         assert other.returncode == 2

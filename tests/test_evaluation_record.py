@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from eval_models import build, quiet_transformers, text_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +58,7 @@ def evaluate(made: tuple[Path, Path, str], **options: Any) -> Evaluation:
 def command(made: tuple[Path, Path, str], *options: str) -> subprocess.CompletedProcess[str]:
     source, out, text = made
     words = ["eval", str(out), "--text", text, "--against", str(source), "--windows", "4", "--length", "32", *options]
-    return subprocess.run([sys.executable, "-m", "quantkit", *words, "--quiet"], capture_output=True, text=True)
+    return warm.run([*words, "--quiet"], torch=True)
 
 
 def test_errors_behind_layers_are_those_of_transformers(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_card_changed_by_hand_stays(made: tuple[Path, Path, str]) -> None:
     assert (out / "README.md").read_text() == changed
     told = "README.md is not the card that quantkit.json makes"
     for edited in (True, False):
-        proof = subprocess.run([sys.executable, "-m", "quantkit", "verify", str(out)], capture_output=True, text=True)
+        proof = warm.run(["verify", str(out)])
         assert (proof.returncode, told in proof.stderr) == (0, edited)
         api.rewrite_card(out)
     assert "Perplexity" in (out / "README.md").read_text()
@@ -261,7 +261,7 @@ def test_numbers_that_contradict_each_other(
     (out / "evaluation.json").write_text(json.dumps(table))
     (problem,) = quantkit.verify(out).problems
     assert words in problem
-    done = subprocess.run([sys.executable, "-m", "quantkit", "verify", str(out)], capture_output=True, text=True)
+    done = warm.run(["verify", str(out)])
     assert done.returncode == 3
     assert "mend what lies beside the weights" in done.stderr
     assert "--force" not in done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from eval_models import quiet_transformers
 from mixed_models import TEXT, build, make, manifest
 from mixed_models import recipe as recipe_of
@@ -150,7 +151,7 @@ def test_the_command_on_the_card_makes_it_again(made: tuple[Path, Path], tmp_pat
     (written,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
     (tmp_path / "recipe.yaml").write_text(written.replace("calib.txt", "source/calib.txt"))
     words = line.replace("-o OUT", "-o again").split()
-    subprocess.run([sys.executable, "-m", *words, "--quiet"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert warm.run([*words[1:], "--quiet"], cwd=tmp_path, torch=True).returncode == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     said = ("exllamav2", "Expected KL divergence from the parent: ", "Measured on `calib.txt`", "Other tensors | fp16")
     for word in (*said, "`mlp.down_proj`"):
@@ -164,19 +165,19 @@ def test_interrupted_while_measuring(tmp_path: Path) -> None:
     table = recipe(source)
     api.measure(source, tmp_path / "whole.json", table)
     command = [
-        sys.executable, "-m", "quantkit", "measure", str(source), "-o", str(tmp_path / "m.json"), "--quiet", "--calib",
-        str(source / "calib.txt"), "--calib-samples", "8", "--calib-length", "64",
+        "measure", str(source), "-o", str(tmp_path / "m.json"), "--quiet", "--calib", str(source / "calib.txt"),
+        "--calib-samples", "8", "--calib-length", "64",
     ]  # fmt: skip
     journal = tmp_path / "m.json.work" / ".quantkit" / "journal"
     for lines in (1, 3):
-        process = subprocess.Popen(command)
+        process = warm.start(command, torch=True)
         while process.poll() is None:
             if journal.exists() and journal.read_bytes().count(b"\n") > lines:
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)
         process.wait()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert warm.run(command, torch=True).returncode == 0
     assert (tmp_path / "m.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert not (tmp_path / "m.json.work").exists()
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from eval_models import KINDS, quiet_transformers
 from eval_models import build as build_model
 from safetensors.torch import load_file, save_file
@@ -150,13 +151,12 @@ def _kill(tmp_path: Path, times: int) -> None:
     quantkit.quantize(str(source), tmp_path / "whole", table)
     wanted = (tmp_path / "whole" / "model.safetensors").read_bytes()
     command = [
-        sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(tmp_path / "out"), "--quiet", "--method",
-        "gptq", "--group-size", "32", "--calib", str(source / "calib.txt"), "--calib-samples", "40",
-        "--calib-length", "64",
+        "quantize", str(source), "-o", str(tmp_path / "out"), "--quiet", "--method", "gptq", "--group-size", "32",
+        "--calib", str(source / "calib.txt"), "--calib-samples", "40", "--calib-length", "64",
     ]  # fmt: skip
     journal = tmp_path / "out" / ".quantkit" / "journal"
     for n in range(times):
-        process = subprocess.Popen(command)
+        process = warm.start(command, torch=True)
         while process.poll() is None:  # until so many tensors of the layers are journalled
             done = journal.read_text().count("self_attn") if journal.exists() else 0
             if done >= 3 + 3 * n:
@@ -164,7 +164,7 @@ def _kill(tmp_path: Path, times: int) -> None:
                 break
             time.sleep(0.002)
         process.wait()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert warm.run(command, torch=True).returncode == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted
     assert not (tmp_path / "out" / ".quantkit").exists()
 

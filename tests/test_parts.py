@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from eval_models import build, text_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,9 +43,7 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def cli(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "quantkit", *words], capture_output=True, text=True, timeout=120, cwd=cwd
-    )
+    return warm.run(words, cwd=cwd)
 
 
 def quantize(
@@ -53,11 +52,8 @@ def quantize(
     return cli("quantize", str(source), "-o", str(out), *OPTIONS, *options, cwd=cwd)
 
 
-def start(source: Path, out: Path, part: str) -> subprocess.Popen[str]:
-    line = ["quantize", str(source), "-o", str(out), *OPTIONS, "--part", part]
-    return subprocess.Popen(
-        [sys.executable, "-m", "quantkit", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(source: Path, out: Path, part: str) -> warm.Process:
+    return warm.start(["quantize", str(source), "-o", str(out), *OPTIONS, "--part", part])
 
 
 @pytest.fixture
@@ -114,7 +110,7 @@ def test_twenty_kills(source: Path, reference: dict[str, str], tmp_path: Path) -
     while kills < 20:
         process = start(source, out, f"{rng.randint(1, 4)}/4")
         try:
-            process.communicate(timeout=rng.uniform(0.25, 0.9))
+            process.communicate(timeout=rng.uniform(0.03, 0.5))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -315,8 +311,8 @@ def test_dead_before_there_were_files(out: Path, source: Path, reference: dict[s
 
 def test_two_finish(out: Path, source: Path, reference: dict[str, str]) -> None:
     assert quantize(source, out, "--part", "2/2").returncode == 0
-    line = [sys.executable, "-m", "quantkit", "finish", str(out), "--quiet"]
-    both = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    line = ["finish", str(out), "--quiet"]
+    both = [warm.start(line) for _ in range(2)]
     said = [process.communicate(timeout=60)[1] for process in both]
     codes = {process.returncode for process in both}
     assert 0 in codes

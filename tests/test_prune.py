@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from eval_models import KINDS, quiet_transformers
 from eval_models import build as build_model
 from oracle import wanda_model
@@ -331,8 +332,9 @@ def test_a_source_that_is_sparse_already(tmp_path: Path) -> None:
 def test_an_already_sparse_source_is_reported(tmp_path: Path) -> None:
     source = build(tmp_path / "source")
     run(source, tmp_path / "once", recipe(source, method="magnitude", sparsity=0.25))
-    command = [sys.executable, "-m", "quantkit", "prune", "once", "-o", "twice", "--method", "magnitude", "--quiet"]
-    done = subprocess.run([*command, "--sparsity", "0.5"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = ["prune", "once", "-o", "twice", "--method", "magnitude", "--sparsity", "0.5", "--quiet"]
+    done = warm.run(command, cwd=tmp_path, torch=True)
+    assert done.returncode == 0, done.stderr
     assert re.search(
         r"zeros .* in the pruned layers; the source was sparse already, [\d,]+ of them were zero", done.stdout
     )
@@ -431,7 +433,7 @@ def test_the_command_on_the_card_makes_the_folder_again(tmp_path: Path, quantkit
 def quantkit_run() -> Any:
     def run_line(line: str, folder: Path) -> None:
         words = shlex.split(line)
-        done = subprocess.run([sys.executable, "-m", *words, "--quiet"], cwd=folder, capture_output=True, text=True)
+        done = warm.run([*words[1:], "--quiet"], cwd=folder, torch=True)
         assert done.returncode == 0, done.stderr
 
     return run_line

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from eval_models import build, quiet_transformers, text_of
 from safetensors.torch import load_file, save_file
 from upload_server import TOKEN, Store, serving
@@ -64,9 +65,7 @@ def environment(hub: Store, home: Path, token: str | None = TOKEN) -> dict[str, 
 def push(
     hub: Store, folder: Path, *options: str, repo: str = ID, token: str | None = TOKEN
 ) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "quantkit", "push", str(folder), repo, *options]
-    env = environment(hub, folder.parent / "hf", token)
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    done = warm.run(["push", str(folder), repo, *options], env=environment(hub, folder.parent / "hf", token))
     assert "Traceback" not in done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return done
@@ -135,8 +134,7 @@ def test_broken_off_and_taken_up(hub: Store, folder: Path) -> None:
 
 
 def test_interrupted_by_hand(hub: Store, folder: Path) -> None:
-    words = [sys.executable, "-m", "quantkit", "push", str(folder), ID, "--quiet"]
-    process = subprocess.Popen(words, env=environment(hub, folder.parent / "hf"), stderr=subprocess.PIPE, text=True)
+    process = warm.start(["push", str(folder), ID, "--quiet"], env=environment(hub, folder.parent / "hf"))
     until = time.monotonic() + 60
     while not hub.puts and time.monotonic() < until:
         time.sleep(0.001)
@@ -343,8 +341,7 @@ def test_a_branch_that_cannot_be(hub: Store, folder: Path) -> None:
 
 def test_a_token_that_cannot_be_read(hub: Store, folder: Path, tmp_path: Path) -> None:
     env = {**environment(hub, tmp_path / "hf", None), "HF_TOKEN_PATH": str(tmp_path)}
-    words = [sys.executable, "-m", "quantkit", "push", str(folder), ID]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    done = warm.run(["push", str(folder), ID], env=env)
     assert (done.returncode, "the token for the Hub cannot be read" in done.stderr) == (2, True)
     assert hub.heads == {}
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 
 from quantkit.checkpoint.header import TensorSpec, build_header
 from quantkit.checkpoint.journal import Journal
@@ -109,17 +110,15 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
     return ["quantize", str(source), "-o", str(out), *OPTIONS, *options]
 
 
-def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "quantkit", *command(source, out, *options)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(source: Path, out: Path, *options: str) -> warm.Process:
+    return warm.start(command(source, out, *options))
 
 
 def finish(source: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "quantkit", *command(source, out, *options)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+    return warm.run(command(source, out, *options))
 
 
-def at(process: subprocess.Popen[str], out: Path, moment: Moment, what: signal.Signals) -> None:
+def at(process: warm.Process, out: Path, moment: Moment, what: signal.Signals) -> None:
     """Sends the signal as soon as the moment has come; nothing if the process ends before."""
     deadline = time.monotonic() + 60
     while process.poll() is None and not moment(out):

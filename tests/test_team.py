@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from eval_models import build, text_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +48,7 @@ def line(job: str, model: str, out: str, *options: str) -> list[str]:
 
 
 def alone(work: Path, *words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "quantkit", *words], cwd=work, capture_output=True, text=True)
+    done = warm.run(words, cwd=work, torch=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -203,12 +204,10 @@ def by_rank(work: Path, *lines: list[str]) -> list[subprocess.CompletedProcess[s
     found = []
     for rank, words in enumerate(lines):
         team = {"RANK": str(rank), "WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        found.append(subprocess.Popen(
-            [sys.executable, "-m", "quantkit", *words], cwd=work, env={**os.environ, **team, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        ))  # fmt: skip
+        env = {**os.environ, **team, "OMP_NUM_THREADS": "1"}
+        found.append(warm.start(words, cwd=work, env=env, torch=True))
     said = [process.communicate(timeout=120) for process in found]
-    return [subprocess.CompletedProcess("", p.returncode, *s) for p, s in zip(found, said, strict=True)]
+    return [subprocess.CompletedProcess("", p.wait(), *s) for p, s in zip(found, said, strict=True)]
 
 
 def test_another_text_on_another_machine(work: Path) -> None:
@@ -225,16 +224,16 @@ def test_another_text_on_another_machine(work: Path) -> None:
 @pytest.mark.parametrize("variables", [{"RANK": "x"}, {"RANK": "2"}, {"WORLD_SIZE": "0"}, {"MASTER_PORT": "99999"}])
 def test_variables_that_name_no_process(work: Path, variables: dict[str, str]) -> None:
     team = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999", **variables}
-    words = [sys.executable, "-m", "quantkit", "quantize", "model", "-o", "none", "--bits", "4", "--quiet"]
-    done = subprocess.run(words, cwd=work, env={**os.environ, **team}, capture_output=True, text=True, timeout=60)
+    words = ["quantize", "model", "-o", "none", "--bits", "4", "--quiet"]
+    done = warm.run(words, cwd=work, env={**os.environ, **team}, torch=True)
     assert (done.returncode, "name no process" in done.stderr) == (2, True), done.stderr
 
 
 def test_variables_that_are_missing(work: Path) -> None:
-    words = [sys.executable, "-m", "quantkit", "quantize", "model", "-o", "single", "--bits", "4", "--quiet"]
+    words = ["quantize", "model", "-o", "single", "--bits", "4", "--quiet"]
     team = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(words, cwd=work, env={**os.environ, **team}, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, "MASTER_PORT is not" in done.stderr) == (0, True), done.stderr
+    done = warm.run(words, cwd=work, env={**os.environ, **team}, torch=True)
+    assert (done.returncode, "without MASTER_PORT" in done.stderr) == (0, True), done.stderr
 
 
 def test_one_gpu_for_all(work: Path) -> None:

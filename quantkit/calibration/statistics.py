@@ -17,6 +17,7 @@ from quantkit.solvers.threads import in_threads, parts
 
 # What a linear gets: [tokens, in], and the same of the full model; in the dtype that linears compute in.
 Row = tuple[torch.Tensor, torch.Tensor | None]
+PROBED = 512  # tokens: of a row, how many one process of a team judges a step by
 
 
 def _none() -> Iterator[Row]:
@@ -93,24 +94,31 @@ class Statistics:
         for cross in self.cross.values():
             exchange_product(cross, self.team)
 
-    def probe(self, name: str, step: torch.Tensor) -> tuple[float, float]:
-        """(Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of a linear's weight w: how
-        far along it y is come nearest to."""
-        gain = energy = 0.0
-        ready = self.ready[name]
-        step = step.to(ready.dtype)
-        found: list[tuple[int, float, float]] = []
+    def probe(self, steps: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+        """By linear, (Σ ⟨step·x, y − w·x⟩, Σ ‖step·x‖²) over the rows held out, for a step [out, in] of its weight w:
+        how far along it y is come nearest to. A team shares out each row's tokens in runs, the same for any team."""
+        if not steps:
+            return {}
+        found: list[tuple[str, int, int, float, float]] = []
         for number, (x, wanted) in enumerate(self.held_out()):
-            if number % self.team.size != self.team.rank:
-                continue
             assert wanted is not None
-            moved = linear(x, step).float()
-            missing = linear(wanted - x, ready).float()
-            products = ((moved * missing).sum(1).double().sum(), (moved * moved).sum(1).double().sum())
-            found.append((number, float(products[0]), float(products[1])))
-        for _, gained, spent in sorted(part for parts_ in self.team.gather(found) for part in parts_):
-            gain, energy = gain + gained, energy + spent
-        return gain, energy
+            units = [(name, start) for name in steps for start in range(0, len(x), PROBED)]
+            owners = self.team.owners([len(steps[name]) * len(x[start : start + PROBED]) for name, start in units])
+            for (name, start), owner in zip(units, owners, strict=True):
+                if (owner + number) % self.team.size == self.team.rank:
+                    some = slice(start, start + PROBED)
+                    found.append((name, number, start, *self._products(name, steps[name], x[some], wanted[some])))
+        sums = dict.fromkeys(steps, (0.0, 0.0))
+        for name, _, _, gained, spent in sorted(part for parts_ in self.team.gather(found) for part in parts_):
+            sums[name] = (sums[name][0] + gained, sums[name][1] + spent)
+        return sums
+
+    def _products(self, name: str, step: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+        ready = self.ready[name]
+        moved = linear(x, step.to(ready.dtype)).float()
+        missing = linear(wanted - x, ready).float()
+        gained, spent = (moved * missing).sum(1).double().sum(), (moved * moved).sum(1).double().sum()
+        return float(gained), float(spent)
 
     def only(self, names: Collection[str]) -> Statistics:
         """The same of some of the linears, on the same sums: to complete those of one completes those of the other."""

@@ -95,7 +95,7 @@ class Statistics(Protocol):
     tokens: int
     team: Team
 
-    def probe(self, name: str, step: Tensor) -> tuple[float, float]: ...
+    def probe(self, steps: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]: ...
 
     def complete(self) -> None: ...
 
@@ -106,14 +106,13 @@ Masks = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]  # targets → ma
 def aim(found: Statistics) -> dict[str, Tensor]:
     """What each weight that has a cross is aimed at, float32 [out, in]; afterwards the sums are complete, and no cross
     is left."""
-    targets: dict[str, Tensor] = {}
+    steps: dict[str, Tensor] = {}
     factor = ridge_factor(found.hessian, RIDGE, found.team) if found.cross else None
     for name in list(found.cross):
-        weight = found.weights[name]
-        step = step_toward(weight, found.hessian, found.cross.pop(name), factor, found.team)
-        part = strength(*found.probe(name, step))
-        targets[name] = step.mul_(part).add_(weight)
+        steps[name] = step_toward(found.weights[name], found.hessian, found.cross.pop(name), factor, found.team)
     factor = None  # as large as the Hessian
+    sums = found.probe(steps)
+    targets = {name: step.mul_(strength(*sums[name])).add_(found.weights[name]) for name, step in steps.items()}
     found.complete()
     give_back_beside(found.hessian.nbytes)
     return targets
