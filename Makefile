@@ -13,7 +13,7 @@ test: .venv/ready
 	scripts/check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Minutes and gigabytes: the real 135M model against its peers, large files, many kills.
+# Minutes and gigabytes: the real 135M model against its peers, large files, many kills, the page of commands.
 test-slow: .venv/ready
 	$(BIN)/python scripts/demo.py --model-only
 	$(BIN)/python -m pytest -m slow

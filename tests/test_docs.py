@@ -129,6 +129,7 @@ def masked(page: str) -> list[str]:
     return [" ".join(line.split()) for line in page.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the model is not part of the repository")
 def test_the_page_is_what_commands_print() -> None:
     page = PAGE.read_text()

@@ -329,7 +329,9 @@ LARGER = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 
 EXPERTS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_local_experts": 8}
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("llama", LARGER), ("mixtral", EXPERTS)])
+@pytest.mark.parametrize(("kind", "sizes"), [
+    ("llama", LARGER), pytest.param("mixtral", EXPERTS, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_plan_keeps_its_memory(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
     """Peak RSS of a run in a process of its own is below what the plan says: with kernels compiled anew, and with
     experts, which get another number of tokens at each call."""

@@ -463,7 +463,7 @@ WIDE = {
 
 
 @pytest.mark.parametrize(("prune", "quantize"), [
-    ({"sparsity": 0.5}, None), ({"method": "sparsegpt", "sparsity": 0.5}, None),
+    ({"sparsity": 0.5}, None), pytest.param({"method": "sparsegpt", "sparsity": 0.5}, None, marks=pytest.mark.slow),
     ({"sparsity": 0.5}, {"method": "bnb"}), ({"method": "magnitude", "sparsity": 0.5}, {"method": "bnb"}),
     ({"method": "magnitude", "sparsity": 0.5}, None),
 ])  # fmt: skip

@@ -115,6 +115,7 @@ def test_dry_run_asks_nobody(hub: Store, folder: Path) -> None:
     assert hub.asked == 0
 
 
+@pytest.mark.slow  # huggingface_hub waits, and tries again
 def test_broken_off_and_taken_up(hub: Store, folder: Path) -> None:
     """The connection dies in the middle of the weights: nothing is committed, and nothing that arrived goes again."""
     shards = sorted(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -243,6 +244,7 @@ def test_a_folder_that_is_not_ours(hub: Store, published: Path) -> None:
     assert "no quantkit.json" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_for_ci(hub: Store, tmp_path: Path) -> None:
     """docs/ci/publish.sh as it is: published, or stopped by a limit before anything is uploaded."""
     with quiet_transformers():

@@ -93,8 +93,9 @@ class Server:
         return Process(self, request, (outputs[0], outputs[1]))
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
         self._process.wait()
         self._folder.cleanup()
 
