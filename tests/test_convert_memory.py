@@ -231,7 +231,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(
     ("key", "vocabulary"),
-    [("15m", 32000), slow("v1", 32000), slow("v3", 32768), slow("tekken-2407", 131072), ("tekken-2409", 131072)],
+    [("15m", 32000), slow("v1", 32000), slow("v3", 32768), slow("tekken-2407", 131072), slow("tekken-2409", 131072)],
 )
 @pytest.mark.parametrize("to", ["hf", slow("mistral")])
 def test_a_tokenizer(to: str, key: str, vocabulary: int, tmp_path: Path) -> None:
@@ -250,9 +250,7 @@ def test_a_large_tokenizer_beside_large_weights(key: str, tmp_path: Path) -> Non
     check(source, tmp_path / "out", "--to", "hf")
 
 
-@pytest.mark.parametrize(
-    ("key", "to"), [("tekken-2409", "hf"), ("tekken-2409", "mistral"), pytest.param("v3", "hf", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("key", "to"), [("tekken-2409", "hf"), slow("tekken-2409", "mistral"), slow("v3", "hf")])
 def test_max_memory_counts_the_tokenizer(key: str, to: str, tmp_path: Path) -> None:
     """The least that a refusal asks for is enough: reading 20 MB of JSON takes more than the slabs of a small model."""
     source, out = with_tokenizer(tmp_path / key, key, 131072), tmp_path / "out"

@@ -75,7 +75,14 @@ def test_patterns_name_commands_that_exist() -> None:
             assert word in cli.commands, f"{path.name}: quantkit {word}"
 
 
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if list(commands(p))], ids=lambda p: p.stem)
+LONG = {"mixed-bits"}  # it measures
+RUN = [
+    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else [])
+    for p in DOCUMENTS if list(commands(p))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RUN)
 def test_commands(path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In their order. OUT is a new folder wherever it is written, and the last one that was written elsewhere."""
     count, last = 0, "OUT"

@@ -169,6 +169,7 @@ def test_another_pattern_is_kept_as_it_is(tmp_path: Path) -> None:
     assert content["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": r"\s+|\S+"}
 
 
+@pytest.mark.slow
 def test_memory() -> None:
     """The table of 150,000 entries is the most there is; what is made of it replaces it."""
     import tracemalloc
