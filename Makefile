@@ -9,8 +9,10 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python scripts/demo.py
 
+# Compiled first: hundreds of processes start, and some machines do not let them keep what they compile.
 test: .venv/ready
 	scripts/check
+	$(BIN)/python -m compileall -q quantkit
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Minutes and gigabytes: the real 135M model against its peers, large files, many kills, the page of commands.

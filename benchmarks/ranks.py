@@ -2,10 +2,10 @@
 
 `ranks.py --calib valid.txt` quantizes SmolLM2-135M by GPTQ, by torchrun with one rank and with two, and a larger random
 checkpoint (`make_7b.py` makes it; --big names its folder) to NF4, by one part and by two with `finish`. Every process
-has one thread, and is bound to one core; what they write is compared. "One beside another" is the time of two jobs that
-have nothing to do with each other, on a core each: twice `one` by that is what two cores are worth here. --runs: of how
-many the median is taken. --shard: the largest file that NF4 is written to. --out: where; with --big in memory
-(/dev/shm), the disk does not count.
+has one thread, and is bound to one core; what they write is compared. "Two cores" is what these are worth at most: two
+jobs that have nothing to do with each other, on a core each, against one alone. Seconds are medians of --runs rounds,
+and so are ratios, each of one round, as the machine may be another a minute later. --shard: the largest file that NF4 is
+written to. --out: where; with --big in memory (/dev/shm), the disk does not count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 QUANTKIT = [sys.executable, "-m", "quantkit"]
@@ -29,6 +29,7 @@ os.sched_setaffinity(0, {{sorted(os.sched_getaffinity(0))[{first} + int(os.envir
 from quantkit.cli import main
 main()
 """
+WAYS = ("one", "two", "beside")
 Stage = list[tuple[Sequence[str], int | None]]  # commands that run at once, and on which core each
 
 
@@ -66,6 +67,12 @@ def nf4(a: argparse.Namespace, out: Path, size: int, first: int = 0) -> list[Sta
     return [parts, [([*QUANTKIT, "finish", str(out), "--quiet"], None)]]
 
 
+def stages(way: str, job: Callable[..., list[Stage]], a: argparse.Namespace, work: Path) -> list[Stage]:
+    if way == "beside":
+        return [[*job(a, work / "beside", 1)[0], *job(a, work / "another", 1, 1)[0]]]
+    return job(a, work / way, WAYS.index(way) + 1)
+
+
 def same(one: Path, other: Path) -> bool:
     names = sorted(path.name for path in one.iterdir())
     return filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
@@ -84,31 +91,24 @@ def main() -> None:
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="ranks-", dir=a.out))
-    print(
-        "| | one, seconds | two | | one beside another, seconds | the same bytes |\n|---|--:|--:|--:|--:|---|",
-        flush=True,
-    )
+    print("| | one, seconds | two | | two cores | the same bytes |\n|---|--:|--:|--:|--:|---|", flush=True)
     for name, job in (("gptq", gptq), ("nf4", nf4)):
         if (job is nf4 and a.big is None) or a.only not in (None, name):
             continue
-        ways = {
-            "one": lambda job=job: job(a, work / "1", 1),
-            "two": lambda job=job: job(a, work / "2", 2),
-            "beside": lambda job=job: [job(a, work / "1", 1)[0] + job(a, work / "beside", 1, 1)[0]],
-        }
-        found: dict[str, list[float]] = {way: [] for way in ways}
+        found: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(a.runs):
-            for way, stages in ways.items():
-                for folder in ("1", "2", "beside"):
-                    if way == "one" or (way, folder) != ("two", "1"):
-                        shutil.rmtree(work / folder, ignore_errors=True)
-                each = [timed(*stage) for stage in stages()]
+            shutil.rmtree(work)
+            work.mkdir()
+            for way, times in found.items():
+                each = [timed(*stage) for stage in stages(way, job, a, work)]
                 print(f"{name}, {way}:", *(f"{seconds:.1f}" for seconds in each), file=sys.stderr, flush=True)
-                found[way].append(sum(each))
-                if way == "two" and not same(work / "1", work / "2"):
-                    sys.exit("other bytes")
-        one, two, beside = (statistics.median(times) for times in found.values())
-        print(f"| {name} | {one:.1f} | {two:.1f} | {one / two:.2f} × | {beside:.1f} | yes |", flush=True)
+                times.append(sum(each))
+            if not same(work / "one", work / "two"):
+                sys.exit("other bytes")
+        one, two = (statistics.median(found[way]) for way in ("one", "two"))
+        ratio = statistics.median(x / y for x, y in zip(found["one"], found["two"], strict=True))
+        cores = statistics.median(2 * x / y for x, y in zip(found["one"], found["beside"], strict=True))
+        print(f"| {name} | {one:.1f} | {two:.1f} | {ratio:.2f} × | {cores:.2f} × | yes |", flush=True)
     shutil.rmtree(work)
 
 
