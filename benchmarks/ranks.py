@@ -4,8 +4,8 @@
 checkpoint (`make_7b.py` makes it; --big names its folder) to NF4, by one part and by two with `finish`. Every process
 has one thread, and is bound to one core; what they write is compared. "Two cores" is what these are worth at most: two
 jobs that have nothing to do with each other, on a core each, against one alone. Seconds are medians of --runs rounds,
-and so are ratios, each of one round, as the machine may be another a minute later. --shard: the largest file that NF4 is
-written to. --out: where; with --big in memory (/dev/shm), the disk does not count.
+and so are ratios, each of one round, as the machine may be another a minute later. --shard: the largest file that NF4
+is written to. --out: where; with --big in memory (/dev/shm), the disk does not count.
 """
 
 from __future__ import annotations

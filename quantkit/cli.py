@@ -404,10 +404,17 @@ def _rate(text: str) -> int:
     return found
 
 
-def _print_plan(recipe: Recipe, console: Console, look_ahead: Callable[[Plan], Forecast] | None = None) -> None:
+def _print_plan(
+    recipe: Recipe, console: Console, look_ahead: Callable[[Plan], Forecast] | None = None, part: str | None = None
+) -> None:
     from quantkit import api
+    from quantkit.parts import check_part
+    from quantkit.sharing import parse_part
 
+    share = None if part is None else parse_part(part)
     job, _ = api.plan_recipe(recipe)
+    if share is not None:
+        check_part(job, share)
     for warning in job.warnings:
         console.warn(warning)
     if look_ahead is None:
@@ -418,15 +425,15 @@ def _print_plan(recipe: Recipe, console: Console, look_ahead: Callable[[Plan], F
 
 
 def _plan_or_run(recipe: Recipe, console: Console, force: bool, dry_run: bool, part: str | None) -> None:
+    if launched() and part is not None:
+        raise UsageError("it is for processes that do not know of each other", where="--part", hint="leave it out")
     if dry_run:
         if not follows():
-            _print_plan(recipe, console)
+            _print_plan(recipe, console, part=part)
         return
     from quantkit import api
 
     if launched():
-        if part is not None:
-            raise UsageError("--part is for processes that do not know of each other", hint="leave it out")
         together = api.run_together(recipe, force=force, console=Console(speaks=False) if follows() else console)
         if together is None:
             return

@@ -79,24 +79,29 @@ def _share(plan: Plan, units: tuple[Unit, ...], first: Mapping[str, str]) -> Sha
     return Share(units, frozenset(sources), frozenset(t.file for u in units for t in u.outputs) - written)
 
 
-def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, console: Console) -> Outcome:
-    """Does a part of a plan, or what is left of it. Raises what `runner.execute` does; OutputError if OUT is of
-    another job, or another process has this part."""
-    started = time.monotonic()
+def check_part(plan: Plan, part: Part) -> None:
+    """Raises UsageError if it is no part of this plan."""
     if any(u.calibrated for u in plan.units):
         raise UsageError(
             "what looks at a text cannot be done in parts: a layer's tensors depend on the layers before",
-            where=str(out),
+            where="--part",
             hint="leave --part out",
         )
     if plan.allocation is not None:
         raise UsageError(
-            "mixed bits are not written in parts", where=str(out), hint="leave --part out, or use --bits 4 or 8"
+            "mixed bits are not written in parts", where="--part", hint="leave it out, or use --bits 4 or 8"
         )
     if part.count > len(plan.units):
         raise UsageError(
             f"{part.count:,} parts are too many for {len(plan.units):,} tensors", where="--part", hint="take fewer"
         )
+
+
+def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, console: Console) -> Outcome:
+    """Does a part of a plan, or what is left of it. Raises what `runner.execute` does; OutputError if OUT is of
+    another job, or another process has this part."""
+    started = time.monotonic()
+    check_part(plan, part)
     if _over(out, plan, checkpoint):
         return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:

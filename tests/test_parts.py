@@ -236,6 +236,16 @@ def test_foreign(out: Path, source: Path, tmp_path: Path) -> None:
     assert digests(out).keys() - before.keys() == set()
 
 
+@pytest.mark.parametrize("part", ["a/b", "9/2", "1/500"])
+def test_dry_run_of_what_is_no_part(source: Path, tmp_path: Path, part: str) -> None:
+    for more in ([], ["--dry-run"]):
+        done = quantize(source, tmp_path / "none", "--part", part, *more)
+        assert_three_lines(done.stderr)
+        assert (done.returncode, done.stdout) == (2, "")
+    assert quantize(source, tmp_path / "none", "--part", "1/2", "--dry-run").returncode == 0
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_source_that_has_moved(source: Path, tmp_path: Path, reference: dict[str, str]) -> None:
     place, out = tmp_path / "first" / source.name, tmp_path / "out"
     shutil.copytree(source, place)
