@@ -2,8 +2,8 @@
 
 A process that has imported what commands need is forked once for each of them; the child has folder, variables and
 files of its own, and runs `python -m quantkit` to its end, signals and exit code included. What looks at how a process
-begins, or at its memory, takes a new interpreter instead; so does what huggingface_hub reads as it is imported: without
-`torch` it is not, nor is torch, and both are imported by those commands that need them.
+begins, or at its memory, starts an interpreter instead. With `torch`, torch and transformers are imported already, and
+with them huggingface_hub, which reads its variables then: a command that is given others is run without.
 """
 
 from __future__ import annotations
