@@ -168,11 +168,24 @@ def _end(code: int) -> None:
     os._exit(code)
 
 
+def _work() -> None:
+    """What modules put off until they work the first time, and takes them longer than that work."""
+    from numba.core.registry import cpu_target
+
+    from quantkit import card
+
+    cpu_target.target_context.refresh()
+    cpu_target.typing_context.refresh()
+    for template in Path(card.__file__).with_name("templates").glob("*.md.j2"):
+        card._template(template.name.removesuffix(".md.j2"))
+
+
 def _serve() -> None:
     import importlib
 
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    _work()
     gc.collect()
     gc.freeze()  # a child that looks for cycles does not copy all of it
     answers = os.fdopen(os.dup(1), "w", buffering=1)
