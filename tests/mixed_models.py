@@ -40,6 +40,7 @@ def recipe(source: Path, method: str, bits: float, **quantize: Any) -> dict[str,
     return {
         "quantize": {"method": method, "bits": bits, **quantize},
         "calibration": {"text": str(source / "calib.txt"), "samples": 8, "length": 64},
+        "resources": {"threads": 1},
     }
 
 

@@ -168,12 +168,13 @@ def test_native_comes_back(generation: str, files: Any, tmp_path: Path) -> None:
     dtype = DTYPES[(list(GENERATIONS).index(generation) + FILES.index(files)) % 3]
     source = make_native(tmp_path / "native", files=files, dtype=dtype, **GENERATIONS[generation])
     native, params = read_weights(source), params_of(source)
+    ways = {"20kB": [(None, "safetensors"), ("20kB", None)], None: [(None, None), (None, "pth")]}
     for size in SIZES:
         hf = convert(source, tmp_path / f"hf {size}", "hf", shard_size=size)
         assert (len(weight_files(hf)) > 1) == (size is not None)
         assert_same(hf_weights(hf), expected_hf(native, params["head_dim"]))
         assert_sound(hf, source)
-        for size_back, form in [(None, None), (None, "safetensors"), (None, "pth"), ("20kB", None)]:
+        for size_back, form in ways[size]:
             back = convert(
                 hf, tmp_path / f"{size} {size_back} {form}", "mistral", shard_size=size_back, weights_format=form
             )
@@ -243,7 +244,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes(), st.sampled_from([None, 1000, 5000]), st.sampled_from([None, 1000, 5000]), st.booleans())
 def test_any_shape_comes_back(
     tmp_path: Path, shape: dict[str, Any], size: int | None, size_back: int | None, pth: bool
@@ -338,17 +339,16 @@ def test_hf_comes_back(name: str, saved: Callable[[str], Path], tmp_path: Path) 
     sources = [modern, many] + [old_style(modern, tmp_path / f"old {n}", shards=n) for n in (1, 3)]
     for source in sources:
         original = {k: v for k, v in hf_weights(source).items() if not k.endswith("inv_freq")}
-        for size, form in [(None, "safetensors"), (None, "pth"), ("20kB", None)]:
+        for size, form, size_back in [(None, "safetensors", "20kB"), (None, "pth", None), ("20kB", None, None)]:
             native = convert(
                 source, tmp_path / f"{source.name}, {size} {form}", "mistral", shard_size=size, weights_format=form
             )
             assert_same(expected_hf(read_weights(native), config_of(modern).get("head_dim") or 16), original)
             assert_sound(native, source)
-            for size_back in SIZES:
-                back = convert(native, tmp_path / f"{native.name} {size_back}", "hf", shard_size=size_back)
-                assert_same(hf_weights(back), original)
-                assert typed(config_of(back)) == typed(without_code(config_of(source)))
-                assert_sound(back, native)
+            back = convert(native, tmp_path / f"{native.name} {size_back}", "hf", shard_size=size_back)
+            assert_same(hf_weights(back), original)
+            assert typed(config_of(back)) == typed(without_code(config_of(source)))
+            assert_sound(back, native)
 
 
 def test_hf_folders_of_the_two_generations_say_the_same_natively(saved: Callable[[str], Path], tmp_path: Path) -> None:

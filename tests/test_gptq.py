@@ -40,6 +40,7 @@ def recipe(source: Path, *, bits: int = 4, samples: int = 8, length: int = 64, *
         return {"quantize": quantize}
     return {
         "quantize": quantize,
+        "resources": {"threads": 1},
         "calibration": {"text": str(source / "calib.txt"), "samples": samples, "length": length},
     }
 
@@ -337,6 +338,7 @@ def test_the_plan_keeps_its_memory(tmp_path: Path, kind: str, sizes: dict[str, i
     experts, which get another number of tokens at each call."""
     source = build(tmp_path / "source", kind, **sizes)
     table = recipe(source, samples=16, length=128)
+    del table["resources"]  # with all threads
     peak = quantkit.plan(str(source), table).memory.peak
     code = (
         "import sys, json, quantkit, pathlib; quantkit.quantize(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]));"

@@ -67,16 +67,37 @@ def together(work: Path, size: int, *words: str) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
-SLOW = pytest.mark.slow
+def by_rank(work: Path, *lines: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Ranks of one team, each with words of its own, as if every one ran on another machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = []
+    for rank, words in enumerate(lines):
+        team = {"RANK": str(rank), "WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**os.environ, **team, "OMP_NUM_THREADS": "1"}
+        found.append(warm.start(words, cwd=work, env=env, torch=True))
+    said = [process.communicate(timeout=120) for process in found]
+    return [subprocess.CompletedProcess("", p.wait(), *s) for p, s in zip(found, said, strict=True)]
 
 
-@pytest.mark.parametrize(("job", "model", "size"), [
-    ("gptq", "model", 4), ("wanda", "experts", 2), pytest.param("gptq", "experts", 3, marks=SLOW),
-    pytest.param("owl", "experts", 2, marks=SLOW),
-    pytest.param("low", "model", 2, marks=SLOW), pytest.param("owl", "model", 2, marks=SLOW),
-    pytest.param("sparsegpt", "model", 3, marks=SLOW),
-])  # fmt: skip
+@pytest.mark.parametrize(("job", "model", "size"), [("gptq", "model", 4), ("wanda", "experts", 2)])
 def test_the_same_bytes(work: Path, job: str, model: str, size: int) -> None:
+    """Of processes that are told what torchrun tells them."""
+    one, many = f"{job}-{model}-alone", f"{job}-{model}-team"
+    alone(work, *line(job, model, one))
+    team = by_rank(work, *[line(job, model, many)] * size)
+    assert [process.returncode for process in team] == [0] * size, team
+    assert "".join(process.stdout for process in team).count("peak RAM") == 1, "one speaks"
+    assert digests(work / many) == digests(work / one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "model", "size"), [
+    ("gptq", "model", 4), ("gptq", "experts", 3), ("low", "model", 2), ("wanda", "experts", 2), ("owl", "model", 2),
+    ("owl", "experts", 2), ("sparsegpt", "model", 3),
+])  # fmt: skip
+def test_the_same_bytes_by_torchrun(work: Path, job: str, model: str, size: int) -> None:
     one, many = f"{job}-{model}-one", f"{job}-{model}-many"
     alone(work, *line(job, model, one))
     code, stdout, stderr = together(work, size, *line(job, model, many))
@@ -110,9 +131,9 @@ def test_without_a_text(work: Path) -> None:
     code, _, stderr = together(work, 3, "quantize", "model", "-o", "nf4-many", "--bits", "4", "--quiet")
     assert code == 0, stderr
     assert digests(work / "nf4-many") == digests(work / "nf4-one")
-    code, stdout, _ = together(work, 2, "quantize", "model", "-o", "nf4-many", "--bits", "4", "--quiet")
-    assert code == 0
-    assert "finished already" in stdout
+    again = by_rank(work, *[["quantize", "model", "-o", "nf4-many", "--bits", "4", "--quiet"]] * 2)
+    assert [process.returncode for process in again] == [0, 0]
+    assert "finished already" in again[0].stdout
 
 
 @pytest.mark.slow
@@ -184,30 +205,14 @@ def test_ranks_that_die(work: Path) -> None:
 
 
 def test_what_is_wrong_for_all(work: Path) -> None:
-    code, _, stderr = together(work, 2, "quantize", "model", "-o", "wrong", "--bits", "5.5.5", "--quiet")
-    assert code != 0
-    assert stderr.count("error: ") == 1
-    code, _, stderr = together(work, 2, "quantize", "nowhere", "-o", "wrong", "--bits", "4", "--quiet")
-    assert code != 0
-    assert stderr.count("error: ") == 1
-    code, stdout, stderr = together(work, 2, "quantize", "model", "-o", "wrong", "--bits", "4", "--dry-run", "--quiet")
-    assert code == 0, stderr
-    assert stdout.count("plan hash") == 1
+    for words in (["model", "--bits", "5.5.5"], ["nowhere", "--bits", "4"]):
+        team = by_rank(work, *[["quantize", *words, "-o", "wrong", "--quiet"]] * 2)
+        assert all(process.returncode for process in team)
+        assert "".join(process.stderr for process in team).count("error: ") == 1
+    team = by_rank(work, *[["quantize", "model", "-o", "wrong", "--bits", "4", "--dry-run", "--quiet"]] * 2)
+    assert [process.returncode for process in team] == [0, 0], team
+    assert "".join(process.stdout for process in team).count("plan hash") == 1
     assert not (work / "wrong").exists()
-
-
-def by_rank(work: Path, *lines: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """Ranks of one team, each with words of its own, as if every one ran on another machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    found = []
-    for rank, words in enumerate(lines):
-        team = {"RANK": str(rank), "WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env = {**os.environ, **team, "OMP_NUM_THREADS": "1"}
-        found.append(warm.start(words, cwd=work, env=env, torch=True))
-    said = [process.communicate(timeout=120) for process in found]
-    return [subprocess.CompletedProcess("", p.wait(), *s) for p, s in zip(found, said, strict=True)]
 
 
 def test_another_text_on_another_machine(work: Path) -> None:
