@@ -40,7 +40,7 @@ from quantkit import api
 from quantkit.errors import InputError, QuantkitError
 
 fuzz = settings(
-    max_examples=50,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

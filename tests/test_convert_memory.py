@@ -250,7 +250,7 @@ def test_a_large_tokenizer_beside_large_weights(key: str, tmp_path: Path) -> Non
     check(source, tmp_path / "out", "--to", "hf")
 
 
-@pytest.mark.parametrize(("key", "to"), [("tekken-2409", "hf"), slow("tekken-2409", "mistral"), slow("v3", "hf")])
+@pytest.mark.parametrize(("key", "to"), [("v3", "hf"), slow("tekken-2409", "hf"), slow("tekken-2409", "mistral")])
 def test_max_memory_counts_the_tokenizer(key: str, to: str, tmp_path: Path) -> None:
     """The least that a refusal asks for is enough: reading 20 MB of JSON takes more than the slabs of a small model."""
     source, out = with_tokenizer(tmp_path / key, key, 131072), tmp_path / "out"

@@ -496,7 +496,7 @@ def test_interrupted_at_the_head(with_head: tuple[Path, Path], tmp_path: Path, m
 
 def test_measuring_says_what_it_takes_and_keeps_to_it(tmp_path: Path) -> None:
     """In a process of its own, on a model whose head and layers count."""
-    source = build(tmp_path / "source", vocab_size=8192, hidden_size=384, intermediate_size=1024)
+    source = build(tmp_path / "source", vocab_size=8192, hidden_size=512, num_hidden_layers=1)
     options = ["--calib", str(source / "calib.txt"), "--calib-samples", "8", "--calib-length", "128"]
     command = [sys.executable, "-m", "quantkit", "measure", str(source), "-o", str(tmp_path / "m.json"), *options]
     script = (
