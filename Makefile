@@ -9,11 +9,12 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python scripts/demo.py
 
-# Compiled first: hundreds of processes start, and some machines do not let them keep what they compile.
+# Compiled first: hundreds of processes start, and some machines do not let them keep what they compile. Three at a time
+# on two cores: a third of the time tests wait, for a disk, a server or the end of another process.
 test: .venv/ready
 	scripts/check
 	$(BIN)/python -m compileall -q quantkit
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Minutes and gigabytes: the real 135M model against its peers, large files, many kills, the page of commands.
 test-slow: .venv/ready

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantkit.calibration.data_encode import PIECE, Ids, TextTokenizer
+from quantkit.calibration.data_encode import CHARS, PIECE, Ids, TextTokenizer
 from quantkit.calibration.data_text import Document, Source, open_source
 from quantkit.calibration.data_tokenizer import read_tokenizer
 from quantkit.errors import InputError, RecipeError, SourceError
@@ -173,9 +173,10 @@ def _gather(encoder: TextTokenizer, source: Source, wanted: int) -> Ids:
     """The first `wanted` ids of the documents one after the other; fewer if there are no more."""
     parts: list[Ids] = []
     have = 0
-    for batch in _batches(source.documents()):
+    most = min(wanted * CHARS, BATCH_CHARS)
+    for batch in _batches(source.documents(), most):
         left = wanted - have
-        if batch[0].long:
+        if batch[0].long or batch[0].chars > most:  # it is alone, and may do without its end
             found = [encoder.leading(batch[0].open, left, special=batch[0].special)]
         else:
             found = encoder.encode([_whole(d) for d in batch], special=batch[0].special)
@@ -191,12 +192,12 @@ def _whole(document: Document) -> str:
         return stream.read()
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents that are encoded together: long ones alone, and chats apart from texts."""
+def _batches(documents: Iterable[Document], most: int) -> Iterator[list[Document]]:
+    """Documents that are encoded together, of `most` characters: long ones alone, and chats apart from texts."""
     batch: list[Document] = []
     chars = 0
     for document in documents:
-        full = len(batch) == BATCH_TEXTS or chars + document.chars > BATCH_CHARS
+        full = len(batch) == BATCH_TEXTS or chars + document.chars > most
         if batch and (full or document.long or batch[0].special != document.special):
             yield batch
             batch, chars = [], 0
