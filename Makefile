@@ -48,9 +48,11 @@ benchmark: .venv/ready
 benchmark-convert: .venv/ready
 	$(BIN)/python benchmarks/convert_7b.py
 
+# Compiled by all cores, what pip would do by one; torch has a file for later Pythons, which does not compile.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 clean:

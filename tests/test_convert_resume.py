@@ -228,7 +228,7 @@ def test_killed_at_many_random_moments(seed: int, job: Job, tmp_path: Path) -> N
         assert_sound(out)
 
 
-@kinds("hf to pth", "pth to hf")
+@kinds("pth to hf")
 def test_killed_after_renames(job: Job, tmp_path: Path) -> None:
     """The finishing phase, exactly: after the first weight file, the last, the index, the manifest, the card, and after
     config.json or params.json, when only the look at the whole and the removal of the journal are left."""

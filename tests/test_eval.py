@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from eval_models import KINDS, build, measured, quiet_transformers, text_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -181,8 +182,8 @@ def test_what_torch_was_set_to_comes_back(llama: Path, text: str) -> None:
 
 
 def test_table(llama: Path, text: str) -> None:
-    line = [sys.executable, "-m", "quantkit", "eval", str(llama), "--text", text, "--against", str(llama)]
-    done = subprocess.run([*line, "--windows", "3", "--length", "16"], capture_output=True, text=True, timeout=120)
+    line = ["eval", str(llama), "--text", text, "--against", str(llama), "--windows", "3", "--length", "16"]
+    done = warm.run(line, torch=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines] == [

@@ -44,7 +44,8 @@ def llama(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("length", [64, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [64, 1024])
 def test_peak(length: int, tmp_path: Path) -> None:
     source, text = llama(tmp_path / "source"), tmp_path / "text.txt"
     text.write_text(f"{text_of(4000)} {text_of(4000)}")

@@ -326,7 +326,10 @@ def test_no_path_of_the_machine_travels(tmp_path: Path) -> None:
     assert "--calib calib.txt" in (tmp_path / "out" / "README.md").read_text()
 
 
-LARGER = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4}
+LARGER = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+}  # fmt: skip
 EXPERTS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_local_experts": 8}
 
 

@@ -137,7 +137,7 @@ def mistral_7b_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options",
     [
         ("--bits", "4"),
-        ("--bits", "8"),
+        pytest.param(("--bits", "8"), marks=pytest.mark.slow),
         pytest.param(("--quant-type", "fp4", "--no-double-quant"), marks=pytest.mark.slow),
         pytest.param(("--threads", "8"), marks=pytest.mark.slow),
     ],

@@ -271,14 +271,14 @@ def test_light_verbs_import_nothing_heavy(verb: str, verbs: dict[str, list[str]]
 
 @pytest.mark.parametrize("verb", ["--help", "inspect", "plan", "verify --quick"])
 def test_light_verbs_start_fast(verb: str, verbs: dict[str, list[str]]) -> None:
-    """0.06 to 0.4 s here; the bound leaves room for a busy machine."""
-    times = []
-    for _ in range(5):
+    """0.06 to 0.4 s here, 0.8 to 1.2 s on a slow machine; the bound, and four tries more, leave room for a busy one."""
+    times: list[float] = []
+    while len(times) < 5 and not (times and times[-1] < 2.0):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "quantkit", *verbs[verb]], capture_output=True, check=True, timeout=60)
         times.append(time.perf_counter() - began)
     print(f"{verb}: {min(times):.3f} s")
-    assert min(times) < 2.0  # 0.8 to 1.2 s on a slow one
+    assert min(times) < 2.0
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
