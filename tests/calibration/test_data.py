@@ -212,7 +212,11 @@ def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     text.write_bytes(STORY.encode() * 300 + b"\xff")
     assert text.stat().st_size > data_text.LONG
     assert load(text).ids.shape == (3, 16)
-    for late, message in ((path, "line 301"), (text, "not UTF-8")):
+    shorter = tmp_path / "s.txt"
+    shorter.write_bytes(STORY.encode() * 100 + b"\xff")
+    assert data_text.LONG / 5 < shorter.stat().st_size < data_text.LONG
+    assert load(shorter).ids.tolist() == load(text).ids.tolist()
+    for late, message in ((path, "line 301"), (text, "not UTF-8"), (shorter, "not UTF-8")):
         with pytest.raises(InputError, match=message):
             load(late, seed=0)
 
