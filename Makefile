@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/python scripts/demo.py
 
 # Compiled first: hundreds of processes start, and some machines do not let them keep what they compile. Three at a time
-# on two cores: a third of the time tests wait, for a disk, a server or the end of another process.
+# on two cores: tests wait, too, for a disk, a server or the end of another process.
 test: .venv/ready
 	scripts/check
 	$(BIN)/python -m compileall -q quantkit

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -462,8 +463,7 @@ WIDE = {
 }  # fmt: skip
 
 
-def slow(*case: Any) -> Any:
-    return pytest.param(*case, marks=pytest.mark.slow)
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("prune", "quantize"), [

@@ -193,7 +193,7 @@ def _whole(document: Document) -> str:
 
 
 def _batches(documents: Iterable[Document], most: int) -> Iterator[list[Document]]:
-    """Documents that are encoded together, of `most` characters: long ones alone, and chats apart from texts."""
+    """Documents that are encoded together, of at most `most` characters: longer ones alone, chats apart from texts."""
     batch: list[Document] = []
     chars = 0
     for document in documents:
