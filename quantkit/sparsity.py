@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,17 +154,3 @@ def _count(checkpoint: Checkpoint, files: SourceFiles, packed: Mapping[str, Pack
         if pattern not in fitting:
             found.broken[pattern] = 1
     return found
-
-
-def same_but_zeros(a: SourceTensor, a_files: SourceFiles, b: SourceTensor, b_files: SourceFiles) -> bool:
-    """Whether `a` has the elements of `b`, bit for bit, except where it is zero."""
-    if (a.dtype, a.numel) != (b.dtype, b.numel):
-        return False
-    granule = 0 if a.turned or b.turned else math.lcm(a.granule, b.granule)
-    size = slab_elements(a, granule, SLAB)
-    for start in range(0, a.numel, size or 1):
-        n = min(size, a.numel - start)
-        x, y = elements(a, a_files, start, n), elements(b, b_files, start, n)
-        if not ((x == y) | (x == 0)).all():
-            return False
-    return True

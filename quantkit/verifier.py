@@ -4,23 +4,21 @@ with the source at hand, measures its error and compares what should be untouche
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from quantkit.checkpoint.header import DTYPE_BITS, FLOATS, TensorSpec
-from quantkit.checkpoint.reader import SourceFiles, elements, read_json
-from quantkit.checkpoint.views import SourceTensor, same_bytes
+from quantkit.checkpoint.reader import SourceFiles, read_json
 from quantkit.console import Console, Progress
+from quantkit.equality import Elements, relative, relative_error, same_but_zeros, same_elements
 from quantkit.errors import QuantkitError, UsageError, VerifyError
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import SIDE_FILES
-from quantkit.memory import SLAB, slab_elements
-from quantkit.methods.base import Array, Selection, WeightSpec
+from quantkit.manifest_rows import Row, mismatch, strings
+from quantkit.methods.base import Array, Selection
 from quantkit.output import COMMITS, EVALUATION, JOB, WEIGHT_SUFFIXES
 from quantkit.packed import UNDECODABLE, Packed, decoded
 from quantkit.planner import target_of
@@ -31,7 +29,7 @@ from quantkit.recipe import Quantize, Recipe, build_recipe
 from quantkit.restored import open_source
 from quantkit.sharing import Part, runs
 from quantkit.solvers.pattern import Pattern
-from quantkit.sparsity import ZeroCount, count_dense, same_but_zeros
+from quantkit.sparsity import ZeroCount, count_dense
 
 WHOLE = Part(1, 1)
 _T = TypeVar("_T")
@@ -139,6 +137,13 @@ def config_differences(folder: Path, recipe: Recipe, parent: Checkpoint) -> list
     ]
 
 
+class _Side(NamedTuple):
+    """One of two folders that are compared."""
+
+    checkpoint: Checkpoint
+    files: SourceFiles
+
+
 class _Check:
     """Collects problems; one broken file does not hide the next."""
 
@@ -149,6 +154,7 @@ class _Check:
         self.errors: dict[str, float] = {}
         self.pruned: Zeros | None = None
         self.sparsity: dict[str, Zeros] = {}
+        self.quantize: Quantize | None = None
         self.prune: Prune | None = None
         self.encoded: tuple[str, ...] = ()  # modules, as the manifest lists them
         self.left_dense: tuple[str, ...] = ()
@@ -161,14 +167,14 @@ class _Check:
             return
         try:
             recipe = recorded_recipe(manifest)
-            quantize, self.prune = recipe.quantize, recipe.prune
+            self.quantize, self.prune = recipe.quantize, recipe.prune
             if self.prune is None and any(row.get("pruned") for row in manifest["tensors"]):
                 raise ValueError("it lists pruned tensors, and its recipe prunes nothing")
-            if quantize is None and any(row["quantized"] for row in manifest["tensors"]):
+            if self.quantize is None and any(row["quantized"] for row in manifest["tensors"]):
                 raise ValueError("it lists quantized tensors, and its recipe quantizes nothing")
-            rows = [_Row.read(row) for row in manifest["tensors"]]
+            rows = [Row.read(row) for row in manifest["tensors"]]
             encoded, dense, listed_ = (manifest["method"][k] for k in ("encoded", "left_dense", "skipped_modules"))
-            self.encoded, self.left_dense, self.skipped = map(_strings, (encoded, dense, listed_))
+            self.encoded, self.left_dense, self.skipped = map(strings, (encoded, dense, listed_))
             dropped = {str(name) for name in manifest["source"].get("dropped", ())}
             listed = {str(f["name"]): (int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]}
         except (QuantkitError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
@@ -178,25 +184,25 @@ class _Check:
         self._check_files(listed, quick=quick)
         checkpoint = open_checkpoint(self.folder)
         self.tensors, self.quantized = len(checkpoint.tensors), sum(row.quantized for row in rows)
-        sound = self._check_tensors(checkpoint, rows, quantize)
-        self._check_config(checkpoint, rows, quantize)
+        sound = self._check_tensors(checkpoint, rows)
+        self._check_config(checkpoint, rows)
         if parent is not None:
             self.problems += config_differences(self.folder, recipe, parent)
         if quick:
             return
-        costs = {row.name: 1 + sum(t.nbytes for t in row.outputs(quantize)) for row in sound}
+        costs = {row.name: 1 + sum(t.nbytes for t in row.outputs(self.quantize)) for row in sound}
         sound = self._mine(sound, list(costs.values()))
         total = sum(costs[row.name] for row in sound)
         with SourceFiles(self.folder, checkpoint.files) as files, self.console.progress(total) as progress:
             if parent is None:
-                self._decode_all(checkpoint, files, sound, quantize, progress)
+                self._decode_all(_Side(checkpoint, files), sound, progress)
             else:
                 left_out = sorted(parent.tensors.keys() - {row.name for row in rows} - dropped)
                 self.problems += [f"tensor {name!r}: the source has it, the manifest does not" for name in left_out]
                 with SourceFiles(parent.folder, parent.files) as parent_files:
                     for row in sound:
-                        self._compare(checkpoint, files, parent, parent_files, row, quantize)
-                        progress.advance(sum(checkpoint.tensors[t.name].nbytes for t in row.outputs(quantize)))
+                        self._compare(_Side(checkpoint, files), _Side(parent, parent_files), row)
+                        progress.advance(sum(checkpoint.tensors[t.name].nbytes for t in row.outputs(self.quantize)))
                         progress.unit(row.name, row.spec.nbytes)
 
     def _mine(self, things: list[_T], costs: list[int]) -> list[_T]:
@@ -243,22 +249,22 @@ class _Check:
         if not plot.is_file() or sha256_of(plot) != record.plot:
             self.problems.append(f"{LAYERS}: missing, or not what was drawn; `quantkit card` draws it again")
 
-    def _check_tensors(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize | None) -> list[_Row]:
+    def _check_tensors(self, checkpoint: Checkpoint, rows: list[Row]) -> list[Row]:
         """Compares every header entry with what the manifest's tensors must have become; returns the rows that fit."""
         sound = []
         unclaimed = dict(checkpoint.tensors)
         for row in rows:
-            wanted = row.outputs(quantize)
-            wrong = [_difference(unclaimed.pop(spec.name, None), spec) for spec in wanted]
+            wanted = row.outputs(self.quantize)
+            wrong = [mismatch(unclaimed.pop(spec.name, None), spec) for spec in wanted]
             self.problems += [w for w in wrong if w]
             if not any(wrong):
                 sound.append(row)
         self.problems += [f"tensor {name!r}: the manifest does not know it" for name in unclaimed]
         return sound
 
-    def _check_config(self, checkpoint: Checkpoint, rows: list[_Row], quantize: Quantize | None) -> None:
+    def _check_config(self, checkpoint: Checkpoint, rows: list[Row]) -> None:
         found = checkpoint.config.get("quantization_config")
-        if quantize is None:
+        if self.quantize is None:
             if found is not None:
                 self.problems.append("config.json: a quantization_config, though nothing is quantized")
             return
@@ -267,52 +273,44 @@ class _Check:
             return
         dtype = next((row.spec.dtype for row in rows if row.quantized), "F32")
         selection = Selection(self.encoded, self.left_dense, self.skipped)
-        wanted = quantize.implementation.config(quantize.params, dtype, selection)
+        wanted = self.quantize.implementation.config(self.quantize.params, dtype, selection)
         for key in sorted({*found, *wanted}):
             if found.get(key) != wanted.get(key):
                 what = f"is {found.get(key)!r}, the recipe makes it {wanted.get(key)!r}"
                 self.problems.append(f"config.json: quantization_config.{key} {what}")
 
-    def _decode_all(
-        self,
-        checkpoint: Checkpoint,
-        files: SourceFiles,
-        rows: list[_Row],
-        quantize: Quantize | None,
-        progress: Progress,
-    ) -> None:
+    def _decode_all(self, found: _Side, rows: list[Row], progress: Progress) -> None:
         for row in rows:
             if row.quantized:
                 try:
-                    for _ in self._decoded(checkpoint, files, row, quantize):
+                    for _ in self._decoded(found, row):
                         pass
                 except UNDECODABLE as e:
                     self.problems.append(f"tensor {row.name!r} does not decode: {e}")
             elif row.pruned:
                 patterns = self._patterns(row)
-                self._counted(row, count_dense(checkpoint.tensors[row.name], files, patterns, turned=row.transposed))
-            progress.advance(sum(t.nbytes for t in row.outputs(quantize)))
+                tensor = found.checkpoint.tensors[row.name]
+                self._counted(row, count_dense(tensor, found.files, patterns, turned=row.transposed))
+            progress.advance(sum(t.nbytes for t in row.outputs(self.quantize)))
             progress.unit(row.name, row.spec.nbytes)
 
-    def _decoded(
-        self, checkpoint: Checkpoint, files: SourceFiles, row: _Row, quantize: Quantize | None
-    ) -> Iterator[tuple[int, Array]]:
+    def _decoded(self, found: _Side, row: Row) -> Iterator[tuple[int, Array]]:
         """(first element, fp32 values) of a quantized tensor, slab by slab. ValueError if it does not decode."""
-        assert quantize is not None, "only a quantize recipe has quantized rows"
-        packed = Packed(row.weight, quantize.implementation, quantize.params, row.transposed)
+        assert self.quantize is not None, "only a quantize recipe has quantized rows"
+        packed = Packed(row.weight, self.quantize.implementation, self.quantize.params, row.transposed)
         count = ZeroCount(self._patterns(row)) if row.pruned else None
-        for start, values in decoded(checkpoint.tensors, files, packed):
+        for start, values in decoded(found.checkpoint.tensors, found.files, packed):
             if count is not None:
                 count.feed(values == 0)
             yield start, values
         if count is not None:
             self._counted(row, count)
 
-    def _patterns(self, row: _Row) -> tuple[Pattern, ...]:
+    def _patterns(self, row: Row) -> tuple[Pattern, ...]:
         amount = self.prune.amount if self.prune is not None else None
         return (amount,) if isinstance(amount, Pattern) else ()
 
-    def _counted(self, row: _Row, count: ZeroCount) -> None:
+    def _counted(self, row: Row, count: ZeroCount) -> None:
         """Takes note of the zeros of a pruned tensor, and of what they should be."""
         self.pruned = (self.pruned or Zeros(0, 0, 0)).plus(count)
         kind = ".".join(part for part in row.name.removesuffix(".weight").split(".") if not part.isdigit())
@@ -332,37 +330,37 @@ class _Check:
                 what = f"{broken:,} groups of {pattern.of} weights hold fewer than {pattern.pruned} zeros"
                 self.problems.append(f"tensor {row.name!r}: {what}")
 
-    def _compare(
-        self,
-        checkpoint: Checkpoint,
-        files: SourceFiles,
-        parent: Checkpoint,
-        parent_files: SourceFiles,
-        row: _Row,
-        quantize: Quantize | None,
-    ) -> None:
-        source = parent.tensors.get(row.name)
+    def _compare(self, found: _Side, parent: _Side, row: Row) -> None:
+        source = parent.checkpoint.tensors.get(row.name)
         if source is None or source.dtype != row.spec.dtype or source.numel != row.spec.numel:
             self.problems.append(f"tensor {row.name!r}: the source has no such {row.spec.dtype} tensor")
             return
         self.compared += 1
-        if row.pruned and not row.quantized:
-            self._compare_pruned(checkpoint, files, source, parent_files, row)
+        if row.quantized:
+            self._compare_quantized(found, row, Elements(source, parent.files, turned=row.transposed))
             return
-        if not row.quantized:
-            found = checkpoint.tensors[row.name]
-            if _same_elements(found, files, source, parent_files):
-                self.equal += found.dtype == source.dtype
+        tensor = found.checkpoint.tensors[row.name]
+        if not row.pruned:
+            if same_elements(tensor, found.files, source, parent.files):
+                self.equal += tensor.dtype == source.dtype
             else:
                 self.problems.append(f"tensor {row.name!r}: not equal to the source, though it was only copied")
             return
+        self._counted(row, count_dense(tensor, found.files, self._patterns(row), turned=row.transposed))
+        if self.prune is None or not self.prune.keeps_values:
+            self._judge(row, relative_error(tensor, found.files, source, parent.files))
+        elif same_but_zeros(tensor, found.files, source, parent.files):
+            self.equal_but_zeros += 1
+        else:
+            self.problems.append(f"tensor {row.name!r}: weights that were not pruned are not the source's")
+
+    def _compare_quantized(self, found: _Side, row: Row, original: Elements) -> None:
         from quantkit.kernels.floats import to_float32
 
         error = norm = 0.0
-        original = _Elements(source, parent_files, turned=row.transposed)
         try:
-            for start, restored in self._decoded(checkpoint, files, row, quantize):
-                expected = to_float32(original.run(start, restored.size), source.dtype)
+            for start, restored in self._decoded(found, row):
+                expected = to_float32(original.run(start, restored.size), row.spec.dtype)
                 expected[~np.isfinite(expected)] = 0
                 # In float64: squares of very small or large weights leave float32's range.
                 difference, expected = (expected - restored).astype(np.float64), expected.astype(np.float64)
@@ -371,149 +369,15 @@ class _Check:
         except UNDECODABLE as e:
             self.problems.append(f"tensor {row.name!r} does not decode: {e}")
             return
-        self._judge(row, (error / norm) ** 0.5 if norm > 0 else error)
+        self._judge(row, relative(error, norm))
 
-    def _compare_pruned(
-        self, checkpoint: Checkpoint, files: SourceFiles, source: SourceTensor, parent_files: SourceFiles, row: _Row
-    ) -> None:
-        found = checkpoint.tensors[row.name]
-        self._counted(row, count_dense(found, files, self._patterns(row), turned=row.transposed))
-        if self.prune is not None and self.prune.keeps_values:
-            if same_but_zeros(found, files, source, parent_files):
-                self.equal_but_zeros += 1
-            else:
-                self.problems.append(f"tensor {row.name!r}: weights that were not pruned are not the source's")
-            return
-        from quantkit.kernels.floats import to_float32
-
-        error = norm = 0.0
-        granule = 0 if found.turned or source.turned else math.lcm(found.granule, source.granule)
-        size = slab_elements(found, granule, SLAB)
-        for start in range(0, found.numel, size):
-            n = min(size, found.numel - start)
-            read = (elements(found, files, start, n), elements(source, parent_files, start, n))
-            new, old = (to_float32(x, found.dtype).astype(np.float64) for x in read)
-            old[~np.isfinite(old)] = 0
-            error += float(np.vdot(new - old, new - old))
-            norm += float(np.vdot(old, old))
-        self._judge(row, (error / norm) ** 0.5 if norm > 0 else error)
-
-    def _judge(self, row: _Row, measured: float) -> None:
+    def _judge(self, row: Row, measured: float) -> None:
         self.errors[row.name] = measured
         # The manifest's figure may be of a sample of the blocks: a small tensor may differ from it, but not by this.
         sampled = 0.001 * row.error + 1e-6 if row.pruned else 2 * row.error + 0.02
         if measured > row.error + sampled:
             what = f"relative error {measured:.4f} against the source, the manifest says {row.error:.4f}"
             self.problems.append(f"tensor {row.name!r}: {what}")
-
-
-def _strings(listed: Any) -> tuple[str, ...]:
-    if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
-        raise ValueError("a list of modules is none")
-    return tuple(listed)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One source tensor of the manifest. `spec.shape` is [out, in] for a quantized weight."""
-
-    spec: TensorSpec
-    quantized: bool
-    transposed: bool
-    error: float
-    pruned: bool
-    masked: int
-    zeros: int
-
-    @classmethod
-    def read(cls, row: Mapping[str, Any]) -> _Row:
-        if row["dtype"] not in DTYPE_BITS:
-            raise ValueError(f"unknown dtype {row['dtype']!r}")
-        spec = TensorSpec(str(row["name"]), str(row["dtype"]), tuple(int(n) for n in row["shape"]))
-        if row["quantized"] and (len(spec.shape) != 2 or min(spec.shape) < 1 or spec.dtype not in FLOATS):
-            raise ValueError(f"{spec.name!r} is no float matrix, so it was not quantized")
-        error = float(row.get("error", 0.0))
-        if not 0 <= error < np.inf:
-            raise ValueError(f"{spec.name!r} has an error of {error}")
-        pruned = bool(row.get("pruned"))
-        if pruned and (len(spec.shape) != 2 or spec.dtype not in FLOATS):
-            raise ValueError(f"{spec.name!r} is no float matrix, so it was not pruned")
-        masked, zeros = (int(row["masked"]), int(row["zeros"])) if pruned else (0, 0)
-        return cls(spec, bool(row["quantized"]), bool(row.get("transposed")), error, pruned, masked, zeros)
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def weight(self) -> WeightSpec:
-        rows, columns = self.spec.shape
-        return WeightSpec(self.name.removesuffix(".weight"), self.spec.dtype, rows, columns)
-
-    def outputs(self, quantize: Quantize | None) -> tuple[TensorSpec, ...]:
-        if quantize is None:
-            return (self.spec,)
-        if not self.quantized:
-            others = quantize.implementation.others
-            cast = others is not None and self.spec.dtype in FLOATS and not self.pruned
-            return (TensorSpec(self.name, str(others), self.spec.shape) if cast else self.spec,)
-        return quantize.implementation.outputs(self.weight, quantize.params)
-
-
-def _difference(found: SourceTensor | None, wanted: TensorSpec) -> str:
-    if found is None:
-        return f"tensor {wanted.name!r} is missing"
-    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
-        return (
-            f"tensor {wanted.name!r} is {found.dtype} {list(found.shape)}, "
-            f"the manifest makes it {wanted.dtype} {list(wanted.shape)}"
-        )
-    return ""
-
-
-class _Elements:
-    """A tensor read from its start to its end, in runs of any length: whole granules are read, and what is left over
-    is kept. `turned`: it is wanted column by column, and so is held whole."""
-
-    def __init__(self, tensor: SourceTensor, files: SourceFiles, *, turned: bool) -> None:
-        self.tensor, self.files = tensor, files
-        self.read = 0  # up to here
-        self.kept: Array = np.empty(0, tensor.word)
-        if turned:
-            whole = elements(tensor, files, 0, tensor.numel)
-            self.kept = np.ascontiguousarray(whole.reshape(tensor.shape).T).reshape(-1)
-            self.read = tensor.numel
-
-    def run(self, start: int, count: int) -> Array:
-        """The next `count` elements, which begin at `start`."""
-        missing = start + count - self.read
-        if missing > 0:
-            granule = self.tensor.granule or self.tensor.numel
-            n = min(-(-missing // granule) * granule, self.tensor.numel - self.read)
-            self.kept = np.concatenate([self.kept, elements(self.tensor, self.files, self.read, n)])
-            self.read += n
-        found: Array = self.kept[:count]
-        self.kept = self.kept[count:]
-        return found
-
-
-def _same_elements(a: SourceTensor, a_files: SourceFiles, b: SourceTensor, b_files: SourceFiles) -> bool:
-    """Whether `a` holds the elements of `b`, or these in fp16."""
-    cast = (a.dtype, b.dtype) in (("F16", "F32"), ("F16", "BF16"))
-    if a.numel != b.numel or (a.dtype != b.dtype and not cast):
-        return False
-    granule = 0 if a.turned or b.turned else math.lcm(a.granule, b.granule)
-    size = slab_elements(b, granule, SLAB)
-    for start in range(0, a.numel, size or 1):
-        n = min(size, a.numel - start)
-        wanted = elements(b, b_files, start, n)
-        if cast:
-            from quantkit.kernels.floats import to_float16
-
-            wanted = to_float16(wanted, b.dtype)
-        if not same_bytes(elements(a, a_files, start, n), wanted):
-            return False
-    return True
 
 
 def sha256_of(path: Path) -> str:

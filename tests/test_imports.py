@@ -14,7 +14,7 @@ PACKAGE = Path(quantkit.__file__).parent
 
 # Top first. A name stands for a module or for a whole folder.
 LAYERS = (
-    {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_text"},
+    {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_recipe", "cli_text"},
     {"api", "measuring", "doctor", "forecast", "preview", "push", "rates"},
     {"folder_card", "comparer", "seal", "verifier", "parts", "teamwork"},
     {"evaluation_record"},
@@ -31,12 +31,12 @@ LAYERS = (
         "loading",
         "measurer",
     },
-    {"sparsity"},
+    {"sparsity", "equality"},
     {"layer_runner", "restored", "foreign", "packed"},
     {"encoding"},
     {"committer", "planner"},
     {"job_memory", "publication"},
-    {"plans", "selection"},
+    {"plans", "selection", "card_command", "manifest_rows"},
     {"recipe"},
     {"devices"},
     {"card", "parent_card", "card_facts", "front_matter", "bnb_folder", "memory", "console", "calibration"},
