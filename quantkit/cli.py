@@ -339,6 +339,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         cli.main(arguments, prog_name="quantkit", standalone_mode=False)
     except QuantkitError as e:
+        e.where = e.where or " ".join(["quantkit", *arguments[:1]])  # of options that do not go together, say
         if e.own or not follows():
             console.error(e)
         elif not isinstance(e, Interrupted):

@@ -19,6 +19,7 @@ from quantkit.checkpoint.writer import ShardWriter, TrailingHash
 from quantkit.memory import HASH_BUFFER
 from quantkit.methods.base import Array, Report
 from quantkit.plans import Plan, Shard, Unit
+from quantkit.witness import Witness, written_sums
 
 
 class Committer(threading.Thread):
@@ -26,20 +27,30 @@ class Committer(threading.Thread):
     kept, and raised where the main thread looks."""
 
     def __init__(
-        self, plan: Plan, shards: Sequence[Shard], writer: ShardWriter, journal: Journal, done: set[str], seal: Seal
+        self,
+        plan: Plan,
+        shards: Sequence[Shard],
+        writer: ShardWriter,
+        journal: Journal,
+        done: set[str],
+        sums: Mapping[str, int],
+        seal: Seal,
     ) -> None:
-        """shards: those to be hashed."""
+        """shards: those to be hashed. done: units on disk already; sums: by tensor, of what was written of these."""
         super().__init__(name="committer", daemon=True)
         self.failure: BaseException | None = None
         self.writer, self.journal, self.seal = writer, journal, seal
-        self.queue: queue.SimpleQueue[tuple[Unit, Report] | _Note | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[_Finished | _Note | None] = queue.SimpleQueue()
         outputs = {t.name: u.name for u in plan.units for t in u.outputs}
         buffer = memoryview(bytearray(HASH_BUFFER))
-        self.frontiers = [_Frontier(s, writer, outputs, buffer, seal) for s in shards]
-        self.done = done
+        self.done, self.sums = done, dict(sums)
+        self.frontiers = [
+            _Frontier(s, writer, outputs, buffer, seal, Witness(s, writer.folder, self.sums, outputs)) for s in shards
+        ]
 
-    def put(self, unit: Unit, report: Report) -> None:
-        self.queue.put((unit, report))
+    def put(self, unit: Unit, report: Report, sums: Sequence[int]) -> None:
+        """sums: what `ShardWriter.write` said of each of the unit's outputs."""
+        self.queue.put(_Finished(unit, report, sums))
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Journals an entry after all that was put before it, and waits until it is on disk."""
@@ -69,18 +80,15 @@ class Committer(threading.Thread):
             while not self.queue.empty():
                 batch.append(self.queue.get())
             last = None in batch
-            finished = [entry for entry in batch if isinstance(entry, tuple)]
+            finished = [entry for entry in batch if isinstance(entry, _Finished)]
             if finished:
-                self.writer.sync({t.file for unit, _ in finished for t in unit.outputs})
+                self.writer.sync({t.file for f in finished for t in f.unit.outputs})
                 self.journal.append(
-                    {
-                        "unit": unit.name,
-                        "report": r.row(),
-                        **self.seal.entry(unit),
-                    }
-                    for unit, r in finished
+                    {"unit": f.unit.name, "report": f.report.row(), "sums": list(f.sums), **self.seal.entry(f.unit)}
+                    for f in finished
                 )
-                self.done |= {unit.name for unit, _ in finished}
+                self.sums |= written_sums([f.unit for f in finished], {f.unit.name: f.sums for f in finished})
+                self.done |= {f.unit.name for f in finished}
             for note in batch:
                 if isinstance(note, _Note):
                     self.journal.append([dict(note.entry)])
@@ -105,6 +113,13 @@ class Committer(threading.Thread):
 
 
 @dataclass(frozen=True)
+class _Finished:
+    unit: Unit
+    report: Report
+    sums: Sequence[int]
+
+
+@dataclass(frozen=True)
 class _Note:
     entry: Mapping[str, Any]
     written: threading.Event
@@ -114,11 +129,17 @@ class _Frontier:
     """How far one shard is complete from its start, and the hash that follows."""
 
     def __init__(
-        self, shard: Shard, writer: ShardWriter, outputs: dict[str, str], buffer: memoryview, seal: Seal
+        self,
+        shard: Shard,
+        writer: ShardWriter,
+        outputs: dict[str, str],
+        buffer: memoryview,
+        seal: Seal,
+        witness: Witness,
     ) -> None:
         self.shard, self.outputs, self.writer, self.seal = shard, outputs, writer, seal
         self.waiting = deque((t.name, start) for t, start in zip(shard.tensors, _starts(shard), strict=True))
-        self.hash = TrailingHash(partial(writer.read_into, shard.name), shard.nbytes, buffer)
+        self.hash = TrailingHash(partial(writer.read_into, shard.name), shard.nbytes, buffer, witness.look)
 
     def advance(self, done: set[str]) -> None:
         while self.waiting and self.outputs[self.waiting[0][0]] in done:

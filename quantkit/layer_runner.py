@@ -89,10 +89,9 @@ class Written:
     progress: Progress
 
     def put(self, unit: Unit, tensors: dict[str, Array], report: Report) -> None:
-        for info in unit.outputs:
-            self.writer.write(info.file, info.offset, tensors.pop(info.name))
+        sums = [self.writer.write(info.file, info.offset, tensors.pop(info.name)) for info in unit.outputs]
         self.committer.seal.tensor(unit)
-        self.committer.put(unit, report)
+        self.committer.put(unit, report, sums)
         self.progress.advance(unit.source.nbytes)
         self.progress.unit(unit.name, unit.source.nbytes)
 

@@ -12,7 +12,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -39,13 +39,15 @@ from quantkit.checkpoint.shared import (
 from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, writing
 from quantkit.console import Console
 from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
+from quantkit.kept import Kept
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
 from quantkit.output import FILES, JOB, check_place, is_finished, part_journals, was_finished, without
 from quantkit.plans import Plan, Unit
 from quantkit.recipe import Recipe, build_recipe
-from quantkit.runner import Kept, Outcome, Run, Share, layouts, outcome_of, publish
+from quantkit.runner import Outcome, Run, Share, layouts, outcome_of, publish
 from quantkit.sharing import Part, runs
+from quantkit.witness import AlteredError, Witness, written_sums
 
 NEAR = 0.1  # of a part's cost: so far a part may begin from where it should, if a source file ends there
 PATIENCE = 600.0  # seconds
@@ -121,7 +123,8 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
         run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
         try:
-            measured = run.run(out)
+            with _blamed(plan, {part: journal}):
+                measured = run.run(out)
         except NotFiniteError as e:  # with another recipe, all parts are others
             hint = f"delete {out}, and begin again: {e.hint}"
             raise NotFiniteError(e.what, where=e.where, hint=hint) from None
@@ -324,7 +327,7 @@ def _no_parts(out: Path) -> OutputError:
 
 def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> Outcome:
     """Makes a model of a folder whose parts are all done. Raises OutputError if it is of another plan, or a part is
-    being run; RunError if one is not finished. It can be interrupted, and run again."""
+    being run, or is not finished; RunError if what one wrote was altered. It can be interrupted, and run again."""
     started = time.monotonic()
     job = _read_job(out)
     if job is None:
@@ -332,6 +335,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
     _same_job(job, _job(plan, checkpoint, job["parts"]), out)
     parts = [Part(n + 1, job["parts"]) for n in range(job["parts"])]
     entries: list[dict[str, Any]] = []
+    journals: dict[Part, Journal] = {}
     with ExitStack() as stack:
         with writing(out / FOLDER / "finish"):
             own = Journal(out, "finish", "another process is finishing this folder")
@@ -344,13 +348,14 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
             if journal is not None:
                 stack.callback(journal.close)
                 entries += journal.entries
+                journals[part] = journal
             ours = journal is not None and journal.head is not None and journal.head.get("job") == job["id"]
-            if journal is None or not ours or not any("done" in e for e in journal.entries):
+            if journal is None or not ours or not _is_done(journal.entries):
                 raise _not_finished(part, out)
         if own.head is None or own.head.get("job") != job["id"]:
             own.start({"job": job["id"]})
         kept = Kept.read([*entries, *own.entries])
-        with _kept_if_it_breaks_off(out):
+        with _kept_if_it_breaks_off(out), _blamed(plan, journals):
             writer = ShardWriter(out, layouts(plan), shared=True)
             stack.callback(writer.close)
             if left := [u for u in plan.units if u.name not in kept.reports]:
@@ -368,8 +373,27 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
     return outcome_of(out, plan, started, 0, measured)
 
 
-def _not_finished(part: Part, out: Path) -> RunError:
-    return RunError(f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}")
+def _is_done(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether nothing that a part had done is known to be altered since."""
+    last = [key for e in entries for key in ("done", "altered") if key in e][-1:]
+    return last == ["done"]
+
+
+@contextmanager
+def _blamed(plan: Plan, journals: Mapping[Part, Journal]) -> Iterator[None]:
+    """RunError for what is found altered on disk: it is to be done again by the part whose it is."""
+    try:
+        yield
+    except AlteredError as e:
+        for part, journal in journals.items():
+            if any(u.name == e.unit for u in shares(plan, part.count)[part.index - 1].units):
+                journal.append([{"altered": e.unit}])
+                raise RunError(e.what, where=e.where, hint=f"run part {part} again, by the same command") from None
+        raise RunError(e.what, where=e.where, hint="delete the folder, and begin again") from None
+
+
+def _not_finished(part: Part, out: Path) -> OutputError:
+    return OutputError(f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}")
 
 
 def finished_meanwhile(out: Path) -> bool:
@@ -390,12 +414,15 @@ def _hashed(
     """With the hashes of files that no part had whole, several at once. Torch files get their CRC-32s first: later."""
     left = {("source", f.name): (partial(files.pread, f.name), f.nbytes)
             for f in files.files.values() if f.name not in kept.sources}  # fmt: skip
-    left |= {("shard", s.name): (partial(writer.read_into, s.name), s.nbytes)
-             for s in plan.shards if s.name not in kept.shards and s.zip is None}  # fmt: skip
+    shards_left = {s.name: s for s in plan.shards if s.name not in kept.shards and s.zip is None}
+    left |= {("shard", name): (partial(writer.read_into, name), s.nbytes) for name, s in shards_left.items()}
+    units = {t.name: u.name for u in plan.units for t in u.outputs}
+    sums = written_sums(plan.units, kept.sums)
 
     def digest(key: tuple[str, str]) -> str:
-        read, nbytes = left[key]
-        return TrailingHash(read, nbytes, memoryview(bytearray(HASH_BUFFER))).hexdigest()
+        (kind, name), (read, nbytes) = key, left[key]
+        look = Witness(shards_left[name], writer.folder, sums, units).look if kind == "shard" else None
+        return TrailingHash(read, nbytes, memoryview(bytearray(HASH_BUFFER)), look).hexdigest()
 
     found: dict[tuple[str, str], str] = {}
     pool = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="hash")

@@ -17,12 +17,12 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,7 +35,9 @@ from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write
 from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, RunError, SourceError
+from quantkit.kept import Kept
 from quantkit.kernels.rope import to_halves, to_pairs
+from quantkit.kernels.sums import MODULUS
 from quantkit.layer_runner import LayerRun, LayersDone, Nowhere, Written, can_resume, scratch
 from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import index_text
@@ -45,6 +47,7 @@ from quantkit.output import abandon, open_output
 from quantkit.planner import config_text, weight_map
 from quantkit.plans import CARD, COPY, GENERATED, INDEX, MANIFEST, Plan, Unit
 from quantkit.publication import Measured, finish_manifest, manifest_text, render_from_manifest
+from quantkit.witness import AlteredError, written_sums
 
 if TYPE_CHECKING:
     from quantkit.solvers.team import Team
@@ -92,7 +95,8 @@ def execute(
         lost = {u.name for u in plan.units if any(t.file in writer.fresh for t in u.outputs)}
         kept = kept.without(lost)
         layers = LayersDone.read(journal.entries)
-        if lost or not can_resume(plan, out, layers):
+        solved = {u.name for u in plan.units if u.calibrated and u.linear and 0 <= u.linear.layer < layers.layers}
+        if lost or solved - kept.reports.keys() or not can_resume(plan, out, layers):
             layers = LayersDone(sparsities=layers.sparsities)
         # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.
         half = {u.name for u in plan.units if u.calibrated and u.linear and u.linear.layer >= layers.layers}
@@ -111,6 +115,10 @@ def execute(
     except NotFiniteError:
         shutil.rmtree(scratch(out), ignore_errors=True)
         abandon(out, plan, journal)
+        raise
+    except AlteredError as e:
+        if e.unit:
+            journal.append([{"altered": e.unit}])
         raise
     except KeyboardInterrupt:
         again = "the same command without --force" if force else "the same command"
@@ -147,28 +155,6 @@ def layouts(plan: Plan) -> list[FileLayout]:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a journal says is done: reports and CRC-32s by unit, SHA-256s of files read, and of files written."""
-
-    reports: Mapping[str, Report]
-    crcs: Mapping[str, int]
-    sources: Mapping[str, str]
-    shards: Mapping[str, str]
-
-    @classmethod
-    def read(cls, entries: Sequence[Mapping[str, Any]]) -> Kept:
-        return cls(
-            {str(e["unit"]): Report.from_row(e["report"]) for e in entries if "unit" in e},
-            {str(e["unit"]): int(e["crc"]) for e in entries if "crc" in e},
-            {str(e["source"]): str(e["sha256"]) for e in entries if "source" in e},
-            {str(e["shard"]): str(e["sha256"]) for e in entries if "shard" in e},
-        )
-
-    def without(self, units: set[str]) -> Kept:
-        return replace(self, reports={name: r for name, r in self.reports.items() if name not in units})
-
-
-@dataclass(frozen=True)
 class Share:
     """What a run does of a plan: units, and files, read and written, of which it has all and which it hashes."""
 
@@ -202,17 +188,19 @@ class _Open:
     def __init__(self, unit: Unit, encoder: Encoder | None, size: int, slabs: int) -> None:
         self.unit, self.encoder, self.size = unit, encoder, size
         self._left, self._nonfinite = slabs, 0
+        self.sum = 0  # of what was written of its first output
         self._lock = threading.Lock()
 
     def count(self, start: int) -> int:
         """Elements in the slab that begins at `start`."""
         return min(self.size, self.unit.source.numel - start)
 
-    def slab_done(self, nonfinite: int) -> int | None:
+    def slab_done(self, nonfinite: int, written: int) -> int | None:
         """Counts a slab. For the last one: how many values of the whole unit were not finite."""
         with self._lock:
             self._left -= 1
             self._nonfinite += nonfinite
+            self.sum = (self.sum + written) % MODULUS
             return None if self._left else self._nonfinite
 
 
@@ -248,7 +236,9 @@ class Run:
         self.pending = [u for u in units if u.name not in done]
         self.seal = Seal(plan, writer, {name: crc for name, crc in kept.crcs.items() if name in done})
         shards = [s for s in plan.shards if s.name not in kept.shards and (share is None or s.name in share.shards)]
-        self.committer = Committer(plan, shards, writer, journal, set(done), self.seal)
+        self.sums = kept.sums
+        sums = written_sums((u for u in plan.units if u.name in done), kept.sums)
+        self.committer = Committer(plan, shards, writer, journal, set(done), sums, self.seal)
         self.hashes = SourceHashes(files, journal, kept.sources, None if share is None else share.sources)
         self.shards = kept.shards
 
@@ -350,7 +340,7 @@ class Run:
         unit, source = state.unit, state.unit.source
         x = source.arrange(raw, start)
         main = unit.outputs[0]
-        zeroed = 0
+        zeroed = written = 0
         if self.plan.encoded and source.dtype in FLOATS:
             zeroed = check_finite(self.plan, self.files, unit, start, x)
         if unit.calibrated:
@@ -358,9 +348,10 @@ class Run:
         if state.encoder is None:
             offset = main.offset + start * DTYPE_BITS[main.dtype] // 8
             if unit.cast:
-                self.writer.write(main.file, offset, self._cast(unit, start, x))
+                written = self.writer.write(main.file, offset, self._cast(unit, start, x))
             elif not (unit.name in self.again and self._maps_back(unit, raw, x, offset)):
-                self.writer.write(main.file, offset, to_pairs(x, unit.head_dim, source.columns) if unit.head_dim else x)
+                y = to_pairs(x, unit.head_dim, source.columns) if unit.head_dim else x
+                written = self.writer.write(main.file, offset, y)
                 if self.plan.checked and not self._maps_back(unit, raw, x, offset):
                     raise RunError(
                         f"tensor {unit.name!r}, mapped back, is not what was read: a fault of quantkit or of the disk",
@@ -370,19 +361,19 @@ class Run:
             if unit.linear is not None and unit.linear.transposed:
                 x = np.ascontiguousarray(x.reshape(source.shape).T).reshape(-1)
             offset = main.offset + state.encoder.main_offset(start)
-            self.writer.write(main.file, offset, state.encoder.encode(x, start))
-        nonfinite = state.slab_done(zeroed)
+            written = self.writer.write(main.file, offset, state.encoder.encode(x, start))
+        nonfinite = state.slab_done(zeroed, written)
         if nonfinite is None:
             return False
-        report = Report(0.0, 0.0)
+        report, sums = Report(0.0, 0.0), [state.sum]
         if state.encoder is not None:
             companions, measured = state.encoder.finish()
-            for info in unit.outputs[1:]:
-                self.writer.write(info.file, info.offset, companions[info.name])
+            sums += [self.writer.write(t.file, t.offset, companions[t.name]) for t in unit.outputs[1:]]
             report = replace(measured, nonfinite=nonfinite)
         self.reports[unit.name] = report
         self.seal.tensor(unit)
-        self.committer.put(unit, report)
+        # Of what was on disk already, as it should be, no byte was written.
+        self.committer.put(unit, report, self.sums.get(unit.name, ()) if unit.name in self.again else sums)
         return True
 
     def _cast(self, unit: Unit, start: int, x: Array) -> Array:

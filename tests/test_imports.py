@@ -35,6 +35,7 @@ LAYERS = (
     {"layer_runner", "restored", "foreign", "packed"},
     {"encoding"},
     {"committer", "planner"},
+    {"witness", "kept"},
     {"job_memory", "publication"},
     {"plans", "selection", "card_command", "manifest_rows"},
     {"recipe"},

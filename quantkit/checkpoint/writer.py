@@ -18,6 +18,7 @@ from quantkit.checkpoint.header import fsync_directory
 from quantkit.checkpoint.shared import by_the_byte, forget_pages, open_or_create
 from quantkit.checkpoint.system import sync_data
 from quantkit.errors import RunError
+from quantkit.kernels.sums import position_sum
 
 PARTIAL = ".partial"
 
@@ -105,9 +106,11 @@ class ShardWriter:
         """By file name: which file it is, whatever it is called."""
         return {name: os.fstat(fd).st_ino for name, fd in self._fds.items()}
 
-    def write(self, file: str, offset: int, data: npt.NDArray[Any]) -> None:
-        """Writes the array's bytes at `offset` of `file`. Thread-safe for disjoint ranges."""
-        view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+    def write(self, file: str, offset: int, data: npt.NDArray[Any]) -> int:
+        """Writes the array's bytes at `offset` of `file`; their sum. Thread-safe for disjoint ranges."""
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        found = position_sum(raw, offset)
+        view = memoryview(raw.data)
         try:
             while view:
                 n = os.pwrite(self._fds[file], view, offset)
@@ -115,6 +118,7 @@ class ShardWriter:
                 offset += n
         except OSError as e:
             raise write_error(e, self.folder / file) from None
+        return found
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> int:
         return os.preadv(self._fds[file], [buffer], offset)
@@ -174,11 +178,17 @@ class TrailingHash:
     """SHA-256 of a file that is still being written or read, computed behind a moving frontier.
 
     `read(offset, buffer)` gives the bytes that are on disk by then: what is hashed is what was stored. The buffer may
-    be shared by the hashes of one thread.
+    be shared by the hashes of one thread. `look(offset, bytes)` is shown what is read so.
     """
 
-    def __init__(self, read: Callable[[int, memoryview], int], nbytes: int, buffer: memoryview) -> None:
-        self._read, self.nbytes, self._buffer = read, nbytes, buffer
+    def __init__(
+        self,
+        read: Callable[[int, memoryview], int],
+        nbytes: int,
+        buffer: memoryview,
+        look: Callable[[int, memoryview], None] | None = None,
+    ) -> None:
+        self._read, self.nbytes, self._buffer, self._look = read, nbytes, buffer, look
         self._hash = hashlib.sha256()
         self.position = 0
 
@@ -189,6 +199,8 @@ class TrailingHash:
             if n == 0:
                 raise RunError("a file became shorter while it was hashed", hint="run the same command again")
             self._hash.update(part[:n])
+            if self._look is not None:
+                self._look(self.position, part[:n])
             self.position += n
 
     def feed(self, offset: int, data: memoryview) -> None:
