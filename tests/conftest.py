@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 # Before anything loads OpenMP: idle threads of one worker are not to keep those of another from the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+pytest.register_assert_rewrite("resuming")  # so that its assertions say what they found
 pytest_plugins = ["convert_inputs"]  # fixtures of tests/test_convert_bad_*.py
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -21,8 +21,7 @@ import pytest
 import torch
 import warm
 from oracle.native_models import make_native
-from safetensors.torch import load_file, save_file
-from test_resume import (
+from resuming import (
     FEED_FORWARD,
     HIDDEN,
     KEY_VALUE,
@@ -43,6 +42,7 @@ from test_resume import (
     stamps,
     truncate,
 )
+from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.writer import ShardWriter
 from quantkit.cli import main

@@ -13,7 +13,7 @@ import torch
 from eval_models import build, quiet_transformers, text_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import assert_three_lines
+from resuming import assert_three_lines
 
 import quantkit
 from quantkit import rates as measured

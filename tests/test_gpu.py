@@ -19,7 +19,7 @@ import pytest
 import torch
 from eval_models import build, quiet_transformers
 from pretend_gpu import Held, pretend_gpu
-from test_resume import digests
+from resuming import digests
 
 import quantkit
 from quantkit import api, evaluation_model

@@ -19,7 +19,7 @@ import warm
 from eval_models import build, text_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import OPTIONS, SIGNAL_AFTER_RENAME, assert_three_lines, digests, make_source
+from resuming import OPTIONS, SIGNAL_AFTER_RENAME, assert_three_lines, digests, make_source
 
 import quantkit
 import quantkit.api

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_resume import digests, make_source
+from resuming import digests, make_source
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

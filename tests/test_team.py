@@ -19,7 +19,7 @@ import warm
 from eval_models import build, text_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import digests
+from resuming import digests
 
 from quantkit.solvers.team import Team
 
