@@ -19,7 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 pytest.register_assert_rewrite("resuming")  # so that its assertions say what they found
-pytest_plugins = ["convert_inputs"]  # fixtures of tests/test_convert_bad_*.py
+# Fixtures of several files tests/test_convert_*.py.
+pytest_plugins = ["convert_inputs", "convert_jobs", "meanings", "round_trips"]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

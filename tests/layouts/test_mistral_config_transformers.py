@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_mistral_config import GOLDEN, V01, V02, Json, facts_of, through_json
+from mistral_models import GOLDEN, V01, V02, Json, facts_of, through_json
 
 from quantkit.layouts.mistral_config import Facts, Yarn, config_of_facts, context_of_config, facts_of_config
 from quantkit.layouts.mistral_facts import COMMON
