@@ -18,9 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 # Before anything loads OpenMP: idle threads of one worker are not to keep those of another from the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-pytest.register_assert_rewrite("resuming")  # so that its assertions say what they found
-# Fixtures of several files tests/test_convert_*.py.
-pytest_plugins = ["convert_inputs", "convert_jobs", "meanings", "round_trips"]
+# Fixtures of several files of tests.
+pytest_plugins = ["bad_inputs", "convert_inputs", "convert_jobs", "hub_server", "meanings", "round_trips"]
+# So that their assertions say what differs.
+pytest.register_assert_rewrite("attacks.torch_files", "card_facts", "prune_runs", "resuming")
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -76,6 +77,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[model_type]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def exl2_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model in bfloat16, and a folder in EXL2 made of it; beside that, what was measured. Read only."""
+    from mixed_models import make
+
+    return make(tmp_path_factory.mktemp("exl2"), "exl2", 4.5, halves=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import bad_inputs
 import pytest
 import torch
+from bad_inputs import Refusal, Spoil, contents
 from oracle.native_models import make_native
 from safetensors.torch import load_file, save_file
-from test_bad_inputs import contents
 from tokenization.protobuf import spm
 from torch import Tensor
 
 from quantkit.cli import main
-
-Spoil = Callable[[Path], object]
 
 HEADS, KEY_VALUE, HEAD_DIM, DIM, VOCABULARY = 4, 2, 16, 64, 320
 
@@ -35,24 +33,12 @@ FP8 = torch.float8_e4m3fn
 SHARD = "consolidated-0000{}-of-00003.safetensors"
 
 
-class Refusal(NamedTuple):
-    what: str
-    where: str
-    hint: str
-
-
 def parse(stderr: str) -> tuple[list[str], Refusal]:
-    """Warnings, and then the three lines and nothing but them; two where the fault lies in the command line."""
-    assert "Traceback" not in stderr
-    assert all(line.isprintable() for line in stderr.splitlines())
+    """Warnings, and then the lines of the refusal."""
     lines = stderr.splitlines()
     warned = [line for line in lines if line.startswith("warning: ")]
-    what, *rest = lines[len(warned) :] or [""]
-    assert what.startswith("error: "), stderr
-    where = rest.pop(0) if rest and rest[0].startswith("  in: ") else ""
-    assert len(rest) == 1, f"no hint, or too much: {stderr}"
-    assert rest[0].startswith("  hint: ")
-    return warned, Refusal(what.removeprefix("error: "), where.removeprefix("  in: "), rest[0].removeprefix("  hint: "))
+    assert all(line.isprintable() for line in warned)
+    return warned, bad_inputs.parse("\n".join(lines[len(warned) :]))
 
 
 def is_pipe(folder: Path) -> bool:
@@ -94,18 +80,8 @@ class Program:
 
 
 @pytest.fixture
-def _signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the program's handlers are not for pytest
-
-
-@pytest.fixture
 def program(_signals: None, capsys: pytest.CaptureFixture[str]) -> Program:
     return Program(capsys)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 LAYERS = {
@@ -208,11 +184,6 @@ def assert_same(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None
     assert got.keys() == wanted.keys()
     for name, x in wanted.items():
         assert same(got[name], x), name
-
-
-def write(name: str, text: str | bytes) -> Spoil:
-    data = text.encode() if isinstance(text, str) else text
-    return lambda folder: (folder / name).write_bytes(data)
 
 
 def edit(file: str, changes: Mapping[str, Any]) -> Spoil:

@@ -1,4 +1,4 @@
-"""Set-up of the tests of mixed bits: small models with a text beside them, and folders made of them."""
+"""Set-up of the tests of mixed bits and of pruning: small models with a text beside them, and folders made of them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ def recipe(source: Path, method: str, bits: float, **quantize: Any) -> dict[str,
         "calibration": {"text": str(source / "calib.txt"), "samples": 8, "length": 64},
         "resources": {"threads": 1},
     }
+
+
+def exl2_recipe(source: Path, bits: float = 4.5, **quantize: Any) -> dict[str, Any]:
+    return recipe(source, "exl2", bits, **quantize)
 
 
 def make(work: Path, method: str, bits: float, **model: Any) -> tuple[Path, Path]:

@@ -11,7 +11,7 @@ import pytest
 import warm
 from conftest import make_tiny
 from eval_models import text_of
-from test_resume import OPTIONS, assert_three_lines, digests, lines, make_source, stop_at
+from resuming import OPTIONS, assert_three_lines, digests, lines, make_source, stop_at
 
 import quantkit
 from quantkit.checkpoint.writer import ShardWriter

@@ -1,4 +1,5 @@
-"""The card: true metadata, inert quotations, fixed width. huggingface_hub and markdown-it are the real readers."""
+"""The card: what it says is true of the folder and of the parent, its code runs, and it has the planned width.
+huggingface_hub and markdown-it are the real readers."""
 
 from __future__ import annotations
 
@@ -14,118 +15,25 @@ from typing import Any
 
 import pytest
 import yaml
+from card_facts import (
+    APACHE,
+    BROKEN,
+    COMMIT,
+    ENGLISH,
+    JAPANESE,
+    NONCOMMERCIAL,
+    RAIL_IN_PROSE,
+    SUM,
+    assert_sound,
+    facts,
+    render,
+)
 from huggingface_hub import ModelCard, ModelCardData
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from quantkit.card import (
-    AUTO_GPTQ,
-    FLOORS,
-    CardFacts,
-    ErrorRow,
-    FileRow,
-    _code,
-    _escape,
-    _public,
-    front_matter,
-    read_parent_card,
-    render_card,
-    validate_front_matter,
-)
-from quantkit.errors import RecipeError
-from quantkit.parent_card import clean_line
-
-SUM = "0123456789abcdef" * 4
-COMMIT = "89abcdef" * 5
-APACHE = """---
-language:
-- fr
-license: apache-2.0
-pipeline_tag: text-generation
-tags:
-- pretrained
-- custom_code
-inference:
-    parameters:
-        temperature: 1.0
-        max_new_tokens: 200
----
-
-# Owl-7B
-
-An owl that speaks. Load it with `load_in_4bit=True`.
-"""
-NONCOMMERCIAL = """---
-license: cc-by-nc-sa-4.0
-language: [fr]
-base_model: mistralai/Mistral-7B-v0.1
-datasets: [acme/plays]
----
-Made from plays.
-"""
-RAIL_IN_PROSE = """Copied by a robot.
-owl-chat - bnb 4bits
-license: bigscience-bloom-rail-1.0
-datasets:
-- acme/owls_70k
-language:
-- fr
-- en
-pipeline_tag: text-generation
-owl-chat
-Answers in French.
-- Downloads last month
-- 7"""
-JAPANESE = "フクロウ-7Bの概要\nSliding-Window Attention を使います。\nこのモデルはApache-2.0ライセンスです。\n"
-ENGLISH = "Owl-Mistral-7B\n\nMade of plays that are CC-BY-NC-SA 4.0.\n\nTypical usage\n\nimport owls\n"
-BROKEN = "---\nlicense: apache-2.0\ntags: [a\nlanguage: fr\n---\n# Owl\n"
-
-
-def facts(parent: str | None = APACHE, **changes: Any) -> CardFacts:
-    base = CardFacts(
-        name="Owl-7B-nf4",
-        base_model="acme/Owl-7B",
-        source_name="acme/Owl-7B",
-        revision=COMMIT,
-        license=None,
-        quantized_by="someone",
-        parent=read_parent_card(parent),
-        method_title="bitsandbytes NF4 with double quantization",
-        bits=4,
-        tags=("bitsandbytes", "4-bit", "nf4", "quantized", "quantkit"),
-        settings=(("Block size", "64"), ("Compute type", "bfloat16")),
-        source_bytes=14_483_464_192,
-        output_bytes=4_125_687_808,
-        bits_per_weight=4.127,
-        model_bits_per_weight=4.56,
-        parameters=7_241_732_096,
-        architecture="MistralForCausalLM",
-        kept=(("embed_tokens", 262_144_000), ("lm_head", 262_144_000)),
-        errors=(
-            ErrorRow("self_attn.q_proj", 32, 536_870_912, 0.0935, 0.0951),
-            ErrorRow("mlp.up_proj", 32, 1_879_048_192, 0.0921, 0.0966),
-        ),
-        error_note="Over every quantized tensor, while it was written.",
-        nonfinite=(("self_attn.q_proj", 0), ("mlp.up_proj", 0)),
-        files=(FileRow("config.json", 900, SUM), FileRow("model.safetensors", 4_125_688_500, SUM)),
-        loader="transformers",
-        chat=False,
-        warnings=(),
-        config={"model_type": "mistral", "sliding_window": None},
-        stripped=(),
-        command="quantkit quantize acme/Owl-7B --recipe nf4.yaml --out Owl-7B-nf4",
-        recipe_yaml="method: nf4\nblock_size: 64\n",
-        versions=(("quantkit", "0.1.0"), ("numpy", "2.4.6")),
-        plan_hash="ab" * 32,
-        language="en",
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def render(parent: str | None = APACHE, **changes: Any) -> str:
-    return render_card(facts(parent, **changes))
-
+from quantkit.card import AUTO_GPTQ, FLOORS, ErrorRow, FileRow, front_matter, render_card, validate_front_matter
 
 # ------------------------------------------------------------------------------------------ the five shapes of parents
 
@@ -177,29 +85,6 @@ def test_shapes_of_parents(parent: str | None, expected: dict[str, Any], sentenc
     assert sentence in text
     assert ("**The licence is unknown.**" in text) == (expected["license"] == "unknown")
     assert_sound(text)
-
-
-def assert_sound(text: str, headings: int = 9) -> None:
-    """What holds for every card, whoever wrote the facts."""
-    assert text.startswith(("---\nbase_model", "---\nlicense"))
-    assert text.endswith("\n")
-    assert not text.endswith("\n\n")
-    assert "More Information Needed" not in text
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\u200e\u200f]", text)
-    text.encode()
-    tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
-    assert sum(token.type == "heading_open" for token in tokens) == headings
-    blocks = [token.content.strip() for token in tokens if token.type == "html_block"]
-    ours = ["<details>\n<summary>Text of the parent's card</summary>", "</details>"]
-    assert blocks in ([], ours)
-    for token in tokens:
-        for child in token.children or []:
-            assert child.type != "image"
-            if child.type == "html_inline":
-                assert child.content in ("<code>", "</code>")
-            if child.type == "link_open":
-                address = child.attrs["href"]
-                assert re.fullmatch(r"https://(huggingface\.co/acme/Owl-7B|arxiv\.org/abs/)[\w./]*", str(address))
 
 
 def test_tables_have_the_columns_they_announce() -> None:
@@ -294,6 +179,7 @@ def test_snippet_loads_this_folder_and_uses_only_names_it_defines(loader: Any, c
 
 # ------------------------------------------------------------------------------------------ fixed width
 
+
 FRACTION = st.floats(0, 9.99)
 HEX = st.text("0123456789abcdefABCDEF", min_size=64, max_size=64)
 
@@ -334,279 +220,6 @@ def test_a_sum_must_be_one() -> None:
 
 def test_rendering_is_deterministic() -> None:
     assert render() == render()
-
-
-# ------------------------------------------------------------------------------------------ licence
-
-
-def test_licence_may_be_repeated_or_named_but_not_changed() -> None:
-    assert front_matter(facts(license="Apache 2.0"))["license"] == "apache-2.0"
-    assert front_matter(facts(JAPANESE, license="apache-2.0"))["license"] == "apache-2.0"
-    assert "whoever made this copy named this one" in render(JAPANESE, license="apache-2.0")
-    assert front_matter(facts(None, license="mit"))["license"] == "mit"
-    assert front_matter(facts("---\nlicense: unknown\n---\n", license="mit"))["license"] == "mit"
-    for parent, wrong in (
-        (NONCOMMERCIAL, "apache-2.0"),
-        (APACHE, "unknown"),
-        (APACHE, "other"),
-        (RAIL_IN_PROSE, "mit"),
-    ):
-        with pytest.raises(RecipeError, match="cannot be relicensed") as caught:
-            render(parent, license=wrong)
-        assert caught.value.exit_code == 2
-
-
-def test_licence_may_not_be_milder_than_one_in_the_parents_prose() -> None:
-    with pytest.raises(RecipeError, match=r"names the licence cc-by-nc-sa-4\.0"):
-        render(ENGLISH, license="mit")
-    assert front_matter(facts(ENGLISH, license="cc-by-nc-sa-4.0"))["license"] == "cc-by-nc-sa-4.0"
-    assert "If it does apply: the weights may not be used commercially;" in render(ENGLISH)
-
-
-def test_unknown_licence_id_gets_a_hint() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean 'apache-2\.0'"):
-        render(None, license="apache2.0")
-    with pytest.raises(RecipeError, match="not a licence id"):
-        render(None, license="other")
-
-
-def test_two_licences_are_both_kept_and_neither_can_be_picked() -> None:
-    parent = "---\nlicense: mit\nlicense: cc-by-nc-4.0\n---\n"
-    assert front_matter(facts(parent))["license"] == ["mit", "cc-by-nc-4.0"]
-    assert "take all of them as binding" in render(parent)
-    with pytest.raises(RecipeError):
-        render(parent, license="mit")
-
-
-@pytest.mark.parametrize(
-    ("block", "expected"),
-    [
-        (
-            "license: other\nlicense_name: owl-1\nlicense_link: LICENSE",
-            ("owl-1", f"https://huggingface.co/acme/Owl-7B/blob/{COMMIT}/LICENSE"),
-        ),
-        ("license: other\nlicense_name: owl-1\nlicense_link: https://a.org/x", ("owl-1", "https://a.org/x")),
-        ("license: other\nlicense_link: 'javascript:alert(1)'", ("not-named-by-the-parent", None)),
-        ("license: other\nlicense_link: ../../x", ("not-named-by-the-parent", None)),
-        ("license: GPL-2.0-or-later", ("gpl-2.0-or-later", None)),
-        ("license: '<script>'", ("script", None)),
-    ],
-)
-def test_other_licences(block: str, expected: tuple[str, str | None]) -> None:
-    data = front_matter(facts(f"---\n{block}\n---\n"))
-    assert (data["license"], data["license_name"], data.get("license_link")) == ("other", *expected)
-
-
-def test_a_licence_file_that_is_here_too_is_linked_here() -> None:
-    parent = "---\nlicense: llama3.1\nlicense_link: LICENSE\n---\n"
-    assert front_matter(facts(parent, files=(FileRow("LICENSE", 1, SUM),)))["license_link"] == "LICENSE"
-
-
-# ------------------------------------------------------------------------------------------ validation
-
-GOOD = {"license": "mit", "tags": ["a"], "base_model": "a/b", "base_model_relation": "quantized"}
-
-
-def test_good_front_matter() -> None:
-    assert validate_front_matter(GOOD) == []
-    assert validate_front_matter(GOOD | {"language": ["fr", "pt-BR", "yue", "multilingual", "code", "no"]}) == []
-    assert validate_front_matter(GOOD | {"widget": [{"text": "a\n---\nb"}], "x": "1e-5", "y": "no", "z": 1e-5}) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "part"),
-    [
-        ({"base_model": "/home/me/x"}, "base_model"),
-        ({"base_model": "a/b\nlicense: mit"}, "base_model"),
-        ({"base_model": ["a/b", "../x"]}, "base_model"),
-        ({"base_model_relation": "copy"}, "base_model_relation"),
-        ({"license": "apache2"}, "license"),
-        ({"license": {"a": 1}}, "license"),
-        ({"license": []}, "license"),
-        ({"license": "other"}, "license_name"),
-        ({"language": ["French"]}, "language"),
-        ({"language": [False]}, "language"),
-        ({"tags": "a"}, "tags"),
-        ({"tags": ["a", 1]}, "tags"),
-        ({"tags": ["a", "a"]}, "unique"),
-        ({"tags": ["a\n---"]}, "line breaks"),
-        ({"quantized_by": "x\u202ey"}, "unprintable"),
-        ({"quantized_by": 3}, "short text"),
-        ({"datasets": ["a b"]}, "datasets"),
-        ({"x\ny": 1}, "line breaks"),
-        ({"x": {1, 2}}, "cannot be written"),
-        ({"x": (1, 2)}, "read back"),
-        ({"x": float("nan")}, "cannot be written"),
-        ({"x": object()}, "cannot be written"),
-    ],
-)
-def test_bad_front_matter(change: dict[str, Any], part: str) -> None:
-    problems = validate_front_matter(GOOD | change)
-    assert problems
-    assert part in problems[0]
-
-
-def test_licence_must_be_there() -> None:
-    assert validate_front_matter({}) == ["license is missing; write 'unknown' if it is not known"]
-
-
-@pytest.mark.parametrize(
-    "change", [{"quantized_by": "a\nlicense: mit"}, {"tags": ("a\n---\n",)}, {"base_model": "a/b/c"}]
-)
-def test_what_the_hub_would_refuse_is_the_recipes_fault(change: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError) as caught:
-        render(**change)
-    assert caught.value.exit_code == 2
-
-
-@given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Z"]), min_size=1, max_size=12), unique=True)
-)
-def test_front_matter_is_read_back_by_yaml_and_by_the_hub(tags: list[str]) -> None:
-    if validate_front_matter(GOOD | {"tags": tags}):  # non-characters
-        return
-    data = ModelCard(render(None, tags=tuple(tags))).data.to_dict()
-    assert data["tags"] == tags
-
-
-@pytest.mark.parametrize(
-    "text", ["no", "1e-5", "1_000", "12:30", "0x1f", "null", "~", "- a", "a: b", "#", "---", "=", "é", "'", '"']
-)
-def test_texts_that_yaml_might_misread(text: str) -> None:
-    card = render(quantized_by=text)
-    assert ModelCard(card).data.to_dict()["quantized_by"] == text
-    line = next(line for line in card.split("\n") if line.startswith("quantized_by"))
-    assert text not in ("no", "1e-5", "1_000", "12:30", "null", "~") or "'" in line
-
-
-# ------------------------------------------------------------------------------------------ attacks
-
-ATTACKS = [
-    "---\nlicense: mit\n---\n# Owned\n",
-    "text\n\n---\nlicense: mit\nbase_model: evil/x\n---\n",
-    "</details><script>alert(1)</script>\n\n</details>\n\n<script>alert(1)</script>\n",
-    "NUL \0 and \x1b[31m red \u202e reversed \u200f\u2066 x\n",
-    "{{ 7 * 7 }} {% for x in y %} {{ facts.config }} {# gone #}",
-    "[click](javascript:alert(1)) ![x](http://evil/pixel.png) <http://evil>\n\n[a]: http://evil\n\n# Owned",
-    "\u2028---\u2028license: mit\u2028---\u2028",
-    "a\r---\rlicense: mit\r---\r# Owned",
-    *("`" * n + "\n\n# Owned\n\n" + "`" * n + "text\n" + "~" * n for n in range(3, 13)),
-    "   ```\n# Owned\n\t````\n",
-]
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("head", ["", "---\nlicense: apache-2.0\n---\n"])
-def test_a_parents_text_cannot_act(attack: str, head: str) -> None:
-    text = render(head + "x " + attack if not head else head + attack)
-    assert_sound(text)
-    data = ModelCard(text).data.to_dict()
-    # Without a front matter, two known keys in a row count as the parent's own, and the card says where they stood.
-    assert data["license"] == ("apache-2.0" if head else "mit" if "base_model: evil" in attack else "unknown")
-    assert data["base_model"] == "acme/Owl-7B"
-    tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
-    quotes = [token for token in tokens if token.type == "fence" and token.info == "text"]
-    assert len(quotes) == 1
-    assert tokens[-1].type == "html_block"
-    assert tokens[-1].content.strip() == "</details>"
-    assert "49" not in quotes[0].content
-    if "{{" in attack:
-        assert attack in quotes[0].content
-
-
-NASTY = (
-    "a|b `c` ``d`` <script>alert(1)</script> [x](http://evil) ![i](http://evil) **b** \\| \n# Owned\n---\n"
-    "\u202e\0</details>&lt;"
-)
-
-
-@pytest.mark.parametrize(
-    "text", [NASTY, "# x", "- a", "1. a", "```", "---", "***", "> q", "    code", "[a]: http://evil", "|", "\\"]
-)
-def test_no_fact_can_act(text: str) -> None:
-    card = render(
-        name=text,
-        source_name=text,
-        base_model=None,
-        revision=text,
-        method_title=text,
-        settings=((text, text),),
-        architecture=text,
-        kept=((text, 1),),
-        errors=(ErrorRow(text, 1, 1, 0.1, 0.1),),
-        error_note=text,
-        nonfinite=((text, 1),),
-        files=(FileRow(text, 1, SUM),),
-        warnings=(text, text),
-        stripped=(text,),
-        command=text,
-        recipe_yaml=text,
-        versions=((text, text), ("quantkit", text)),
-        plan_hash=text,
-    )
-    assert_sound(card)
-    plain = MarkdownIt("commonmark").enable("table").parse(ModelCard(render()).text)
-    nasty = MarkdownIt("commonmark").enable("table").parse(ModelCard(card).text)
-
-    def shape(tokens: Any) -> list[str]:
-        return [token.type for token in tokens if token.type in ("table_open", "fence", "heading_open", "hr")]
-
-    assert shape(nasty) == shape(plain)
-    for start in (token for token in nasty if token.type == "tr_open"):
-        assert start.level == 2
-
-
-@settings(deadline=None, max_examples=80)
-@given(st.text(st.one_of(st.sampled_from("`|<>[]()*_#-\\\n&!~ a1."), st.characters()), max_size=40))
-def test_no_text_can_act(text: str) -> None:
-    changes: dict[str, Any] = {"method_title": text, "warnings": (text,), "name": text, "settings": ((text, text),)}
-    assert_sound(render(text, kept=((text, 1),), command=text, error_note="note " + text, **changes))
-
-
-@settings(deadline=None)
-@given(st.text(st.one_of(st.sampled_from("`|<>[]()*_#-\\&;!$:.1 aw"), st.characters()), min_size=1, max_size=30))
-@example("&lt;b&gt; &amp;#58; &copy;")
-@example("__init__ a_b _x_ **y** 1. 2) | \\| `` <i> $z$ [a](b)")
-def test_escaped_text_is_shown_as_it_was(text: str) -> None:
-    shown = clean_line(text)
-    if not shown or shown != _public(shown):
-        return
-    for markdown in (_escape(text), _code(text)):
-        tokens = MarkdownIt("commonmark").enable("table").parse(f"|x|\n|-|\n| {markdown} |")
-        cells = [token for token in tokens if token.type == "inline"]
-        assert len(cells) == 2
-        parts = cells[1].children or []
-        assert "".join(part.content for part in parts if part.type != "html_inline").strip() == shown.strip()
-
-
-def test_a_huge_body_is_cut_and_said_to_be() -> None:
-    text = render(APACHE + "line of an owl\n" * 60_000)
-    assert_sound(text)
-    assert len(text) < 80_000
-    assert "the quotation ends after 64 thousand of its 900," in text
-
-
-def test_placeholders_of_the_parent_are_not_repeated() -> None:
-    text = render("# Owl\n\n- **Developed by:** [More Information Needed]\n- Language: owl\n")
-    assert_sound(text)
-    assert "Language: owl" in text
-    assert "left to be filled in are not quoted" in text
-
-
-def test_no_local_paths() -> None:
-    text = render(
-        source_name="/home/me/models/owl",
-        base_model=None,
-        command="quantkit quantize /home/me/models/owl --recipe=/home/me/r.yaml --out '/data/my disk/owl-nf4'",
-        recipe_yaml="source: /home/me/models/owl\ncalibration: ~/texts/a.txt\nskip: ['model\\.layers\\.0\\..*']\n",
-        warnings=("Read from /home/me/models/owl.",),
-        settings=(("Source", "file:///home/me/models/owl"),),
-    )
-    assert "/home" not in text
-    assert "/data" not in text
-    assert "~/" not in text
-    assert "quantkit quantize owl --recipe=r.yaml --out 'owl-nf4'" in text
-    assert "skip: ['model\\.layers\\.0\\..*']" in text
 
 
 # ------------------------------------------------------------------------------------------ claims checked

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from card_facts import render
 from conftest import Run, make_tiny
 from oracle.native_models import make_native
-from test_card import render
 
 import quantkit as package
 from quantkit import api

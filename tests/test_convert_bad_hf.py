@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from bad_inputs import LFS_POINTER, Spoil, contents, write
 from conftest import make_tiny
 from convert_inputs import (
     DIM,
@@ -19,7 +20,6 @@ from convert_inputs import (
     GONE,
     SPM,
     Program,
-    Spoil,
     added,
     both,
     cast,
@@ -30,12 +30,10 @@ from convert_inputs import (
     remove,
     renamed,
     shaped,
-    write,
     written,
 )
 from oracle.native_models import make_native
 from safetensors.torch import load_file
-from test_bad_inputs import LFS_POINTER, contents
 from tokenization.protobuf import spm
 
 TOKENIZERS: dict[str, Spoil] = {

@@ -11,20 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from convert_inputs import (
-    ESCAPES,
-    FP8,
-    GONE,
-    NORM,
-    WQ,
-    Program,
-    Spoil,
-    base_config,
-    both,
-    params,
-    remove,
-    written,
-)
+from bad_inputs import Spoil
+from convert_inputs import ESCAPES, FP8, GONE, NORM, WQ, Program, base_config, both, params, remove, written
 from torch import Tensor
 
 

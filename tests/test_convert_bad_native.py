@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_inputs import LFS_POINTER, Payload, Spoil, write
 from convert_inputs import (
     DIM,
     ENCODER,
@@ -31,7 +32,6 @@ from convert_inputs import (
     WO,
     WQ,
     Program,
-    Spoil,
     W,
     added,
     assert_same,
@@ -51,12 +51,10 @@ from convert_inputs import (
     shaped,
     truncated,
     twice,
-    write,
     written,
 )
 from oracle.native_models import make_native
 from safetensors.torch import load_file
-from test_bad_inputs import LFS_POINTER, Payload
 from tokenization.protobuf import spm
 
 

@@ -1,4 +1,4 @@
-"""A Hub dataset as calibration text, against a server on this machine (see tests/test_hub.py)."""
+"""A Hub dataset as calibration text, against a server on this machine (see tests/hub_server.py)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from typing import Any
 
+import hub_server
 import pytest
-import test_hub
 from calibration.test_data_tokenizer import byte_level
-from test_hub import OLD, SHA, Hub, Repo
+from hub_server import OLD, SHA, Hub, Repo
 
 from quantkit.calibration.data_hub import Reference, _choose
 
 ID = "acme/texts"
 ENDINGS = (".txt", ".jsonl", ".parquet")
-env = test_hub.env
 
 
-class Handler(test_hub.Handler):
+class Handler(hub_server.Handler):
     """The Hub's datasets, under the paths that the other handler knows models by."""
 
     def route(self, path: str) -> None:
@@ -36,17 +33,8 @@ class Handler(test_hub.Handler):
 
 @pytest.fixture
 def server() -> Iterator[Hub]:
-    state = Hub()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"hub": state}))
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}"
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
-    assert state.problems == []
+    with hub_server.serving(Handler, "url") as hub:
+        yield hub
 
 
 ASK = """
