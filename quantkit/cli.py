@@ -316,10 +316,28 @@ def _linger() -> None:
     time.sleep(LINGER)
 
 
-def _usage_error(e: click.ClickException) -> UsageError:
-    context = getattr(e, "ctx", None)
-    command = context.command_path if context is not None else "quantkit"
-    return UsageError(e.format_message().rstrip("."), where=command, hint=f"see `{command} --help`")
+def _error_of(e: BaseException) -> QuantkitError | None:
+    """What a user is told of it; None if it is a fault of this program."""
+    if isinstance(e, QuantkitError):
+        return e
+    if isinstance(e, click.ClickException):
+        context = getattr(e, "ctx", None)
+        command = context.command_path if context is not None else "quantkit"
+        return UsageError(e.format_message().rstrip("."), where=command, hint=f"see `{command} --help`")
+    if isinstance(e, (KeyboardInterrupt, click.Abort)):
+        return Interrupted("interrupted", hint="run the same command again")
+    if isinstance(e, OSError):
+        hint = "mend that, and run the same command again"
+        error: QuantkitError | None = RunError(
+            f"the system refused: {e.strerror or e}", where=str(e.filename or ""), hint=hint
+        )
+    else:
+        from quantkit.devices import out_of_memory
+
+        error = out_of_memory(e) if isinstance(e, (RuntimeError, MemoryError)) else None
+    if error is not None:
+        error.own = True
+    return error
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -338,34 +356,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli.main(arguments, prog_name="quantkit", standalone_mode=False)
-    except QuantkitError as e:
-        e.where = e.where or " ".join(["quantkit", *arguments[:1]])  # of options that do not go together, say
-        if e.own or not follows():
-            console.error(e)
-        elif not isinstance(e, Interrupted):
-            _linger()
-        sys.exit(e.exit_code)
-    except click.ClickException as e:
-        usage = _usage_error(e)
-        if not follows():
-            console.error(usage)
-        else:
-            _linger()
-        sys.exit(usage.exit_code)
-    except OSError as e:
-        sys.stdout = None  # it may be what failed, and the interpreter would try once more
-        console.error(RunError(f"the system refused: {e.strerror or e}", where=str(e.filename or "")))
-        sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
-        interrupted = Interrupted("interrupted", where="the command line", hint="run the same command again")
-        if not follows():
-            console.error(interrupted)
-        sys.exit(interrupted.exit_code)
-    except (RuntimeError, MemoryError) as e:  # click's Abort is one, too, and was caught above
-        from quantkit.devices import out_of_memory
-
-        if (full := out_of_memory(e)) is None:
+    except (QuantkitError, click.ClickException, KeyboardInterrupt, OSError, RuntimeError, MemoryError) as e:
+        if (error := _error_of(e)) is None:
             raise
-        console.error(full)
-        sys.exit(full.exit_code)
+        if isinstance(e, OSError):
+            sys.stdout = None  # it may be what failed, and the interpreter would try once more
+        error.where = error.where or " ".join(["quantkit", *arguments[:1]])  # of options that do not go together, say
+        if error.own or not follows():
+            console.error(error)
+        elif not isinstance(error, Interrupted):
+            _linger()
+        sys.exit(error.exit_code)
     sys.exit(0)

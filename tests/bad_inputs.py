@@ -33,15 +33,11 @@ Refused = Callable[..., Refusal]
 
 
 def parse(stderr: str) -> Refusal:
-    """The three lines and nothing but them; two where the fault lies in the command line."""
-    assert "Traceback" not in stderr
-    first, *rest = stderr.splitlines() or [""]
-    assert first.startswith("error: "), stderr
-    where = rest.pop(0) if rest and rest[0].startswith("  in: ") else ""
-    assert len(rest) == 1, f"no hint, or too much: {stderr}"
-    assert rest[0].startswith("  hint: ")
-    assert all(line.isprintable() for line in (first, where, *rest))
-    return Refusal(first.removeprefix("error: "), where.removeprefix("  in: "), rest[0].removeprefix("  hint: "))
+    """The three lines and nothing but them."""
+    lines = [line.partition(": ") for line in stderr.splitlines()]
+    assert [name for name, _, _ in lines] == ["error", "  in", "  hint"], stderr
+    assert stderr.replace("\n", "").isprintable()
+    return Refusal(*(text for _, _, text in lines))
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_memory import MEASURE, Shapes, mistral
-from test_memory import write as write_hf
 from tokenization.samples import SHARED, real_file
+from wide_models import MEASURE, Shapes, mistral
+from wide_models import write as write_hf
 
 from quantkit.checkpoint.header import DTYPE_BITS, TensorSpec, build_header
 from quantkit.memory import MIB

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from eval_models import quiet_transformers, text_of
-from test_memory import MEASURE, write
 from tokenizers import Tokenizer, models, pre_tokenizers
+from wide_models import MEASURE, write
 
 import quantkit
 from quantkit.memory import MIB

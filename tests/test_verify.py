@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Run, make_tiny
-from test_memory import MEASURE, mistral, write
+from wide_models import MEASURE, mistral, write
 
 import quantkit as package
 from quantkit.checkpoint.header import build_header, read_header
