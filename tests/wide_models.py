@@ -1,4 +1,4 @@
-"""Models with matrices of their real width, few layers and any numbers; and a program's peak RAM, as the kernel counts."""
+"""Models with matrices of real width, few layers and any numbers; and a program's peak RAM, as the kernel counts it."""
 
 from __future__ import annotations
 
