@@ -11,7 +11,7 @@ import pytest
 import warm
 from conftest import make_tiny
 from eval_models import text_of
-from resuming import OPTIONS, assert_three_lines, digests, lines, make_source, stop_at
+from resuming import OPTIONS, assert_three_lines, at, digests, lines, make_source
 
 import quantkit
 from quantkit.checkpoint.writer import ShardWriter
@@ -53,6 +53,13 @@ def quantize(source: Path, out: Path, *options: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+def killed(source: Path, out: Path) -> None:
+    """A run that is half done."""
+    process = warm.start(["quantize", str(source), "-o", str(out), *OPTIONS])
+    at(process, out, lines(20), signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
 def finish(out: Path) -> tuple[int, str]:
     done = warm.run(["finish", str(out), "--quiet"])
     return done.returncode, done.stderr
@@ -63,7 +70,7 @@ def test_a_byte_that_changed_before_a_run_was_taken_up(
     output: int, source: Path, plan: Plan, reference: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    stop_at(source, out, lines(20), signal.SIGKILL)
+    killed(source, out)
     tensor = next(u for u in plan.units if u.name == LINEAR).outputs[output]
     flip(out / f"{tensor.file}.partial", tensor.offset + tensor.nbytes // 2)
     code, stderr = quantize(source, out)
@@ -78,7 +85,7 @@ def test_a_header_that_changed_is_written_anew(
     source: Path, plan: Plan, reference: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    stop_at(source, out, lines(20), signal.SIGKILL)
+    killed(source, out)
     flip(out / f"{plan.shards[0].name}.partial", 20)
     assert quantize(source, out) == (0, "")
     assert digests(out) == reference
