@@ -89,7 +89,7 @@ def furthest(a: Tensor, b: Tensor) -> float:
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
-TEXTS = ["Once upon a time", "  two  spaces ", "", "Zoë said: “naïve café” — 1,234.5\n\tτέλος 😀", "a</s>b", "<0x41>"]
+TEXTS = ["Once upon a time", "  two  spaces ", "", "Zoë said: “naïve café” — 1,234.5\n\tτέλος 😀", "<0x41>"]
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +112,7 @@ def assert_same_ids(folder: Path, raw: bytes) -> None:
 
     processor = SentencePieceProcessor(model_proto=raw)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = [t for t in TEXTS if "</s>" not in t]  # there sentencepiece sees letters, transformers the end
-    for text in texts:
+    # None with "</s>": sentencepiece sees letters there, transformers the end of a text.
+    for text in TEXTS:
         assert tokenizer(text)["input_ids"] == [processor.bos_id(), *processor.encode(text)], text
         assert tokenizer.decode(processor.encode(text)) == processor.decode(processor.encode(text))

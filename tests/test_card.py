@@ -252,7 +252,9 @@ SHARED = Path(__file__).parents[2] / "shared" / "data" / "cards"
     not SHARED.is_dir(), reason="real cards are not part of the repository: ../shared/data/cards is absent"
 )
 def test_real_cards() -> None:
-    for path in sorted(SHARED.glob("*.md")):
+    cards = sorted(SHARED.glob("*.md"))
+    assert cards
+    for path in cards:
         text = render(path.read_text(encoding="utf-8"))
         assert_sound(text)
         assert "Downloads last month" not in text

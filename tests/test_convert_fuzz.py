@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from convert_inputs import (
     DIM,
@@ -202,11 +201,6 @@ def to_hf_and_back(native: Path, out: Path) -> bool:
         if says.get(key) is not None:
             assert in_doubles(again[key]) == in_doubles(says[key])
     return True
-
-
-@pytest.fixture
-def soft_warnings(capsys: pytest.CaptureFixture[str]) -> None:
-    """Notes go to stderr, thousands of them."""
 
 
 @fuzz

@@ -216,7 +216,6 @@ def test_of_two_layouts_the_one_is_read_that_is_not_written(tmp_path: Path) -> N
     assert_sound(to_native, both)
     package.quantize(str(both), tmp_path / "quantized")
     package.quantize(str(hf), tmp_path / "expected")
-    assert load_file(tmp_path / "quantized/model.safetensors").keys()
     assert (tmp_path / "quantized/model.safetensors").read_bytes() == (
         tmp_path / "expected/model.safetensors"
     ).read_bytes()

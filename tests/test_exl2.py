@@ -91,7 +91,7 @@ def test_it_predicts_like_its_parent_and_better_with_more_bits(made: tuple[Path,
     assert divergence[0] > 2 * divergence[1] > 4 * divergence[2]
 
 
-def test_passes_over_the_source_are_said(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_passes_over_the_source_are_said(made: tuple[Path, Path]) -> None:
     source, out = made
     measured = f"{out}.measurement.json"
     assert quantkit.plan(source, recipe(source, measurement=measured)).passes == 2
@@ -101,7 +101,7 @@ def test_passes_over_the_source_are_said(made: tuple[Path, Path], tmp_path: Path
     assert quantkit.plan(source, mixture).passes == 1 + 5
 
 
-def test_the_plan_says_what_is_written(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_plan_says_what_is_written(made: tuple[Path, Path]) -> None:
     source, out = made
     table = recipe(source, measurement=str(out) + ".measurement.json")
     plan = quantkit.plan(source, table)

@@ -62,8 +62,7 @@ def test_head_is_quantized_beside_the_budget(with_head: tuple[Path, Path]) -> No
 
 
 def test_head_is_solved_on_what_it_gets(with_head: tuple[Path, Path], tmp_path: Path) -> None:
-    """The error in its own outputs is less than that of rounding to nearest, the inputs being those behind the norm of
-    the quantized model; and its most active inputs have the most bits."""
+    """Its most active inputs have the most bits: of those that the quantized model gives it, behind the norm."""
     from transformers import AutoModelForCausalLM
 
     source, out = with_head

@@ -45,7 +45,10 @@ def test_an_output_that_can_be_no_folder(kind: str, model: Path, tmp_path: Path,
 
 def test_an_output_in_nobodys_home(model: Path, tmp_path: Path, refused: Refused, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    refused("quantize", model, "-o", "~nobody-by-this-name/../model/out")
+    before = contents(tmp_path)
+    refusal = refused("quantize", model, "-o", "~nobody-by-this-name/../model/out")
+    assert "contain each other" in refusal.what  # as no home is found for it, it is a name like any other
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_of_other_things_is_left_alone(model: Path, out: Path, refused: Refused, done: Any) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistral_models import HF, TINY, Json
 
 from quantkit.errors import SourceError
 from quantkit.layouts.mistral_config import (
@@ -21,17 +21,11 @@ from quantkit.layouts.mistral_config import (
     params_of_facts,
 )
 
-Json = dict[str, Any]
-
 PARAMS: Json = {"dim": 64, "n_layers": 4, "head_dim": 16, "hidden_dim": 96, "n_heads": 8, "n_kv_heads": 4,
                 "norm_eps": 1e-5, "vocab_size": 100, "rope_theta": 1e6}  # fmt: skip
 YARN: Json = {"factor": 16, "original_max_position_embeddings": 16384, "beta": 32, "alpha": 1, "apply_scale": False}
 SCALING: Json = {"original_max_position_embeddings": 16384, "beta": 0.1}
-HF: Json = {"model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 96,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 100,
-            "rms_norm_eps": 1e-5, "sliding_window": None, "rope_theta": 1e6}  # fmt: skip
 HF_YARN: Json = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
-TINY = Facts(64, 4, 16, 96, 8, 4, 1e-5, 100, 1e6)
 GONE = object()
 
 

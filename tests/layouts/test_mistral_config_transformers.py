@@ -18,7 +18,6 @@ from quantkit.layouts.mistral_config import Facts, Yarn, config_of_facts, contex
 from quantkit.layouts.mistral_facts import COMMON
 from quantkit.layouts.mistral_hf_config import CLASSES, MINISTRAL3_ROPE
 
-TINY = Facts(32, 4, 16, 48, 4, 2, 1e-5, 64, 1e6)
 YARN = Yarn(4.0, 16, 32.0, 1.0, apply_scale=True)
 SCALED = Yarn(4.0, 16, 32.0, 1.0, apply_scale=False, query_beta=0.1)
 
