@@ -117,7 +117,9 @@ def pipe(folder: Path) -> None:
 
 BAD_SOURCES: dict[str, tuple[Spoil, str, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "the folder has no config.json", ""),
-    "config is a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "not a file", "config.json"),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "not a file", "config.json"
+    ),
     "config is no JSON": (write("config.json", "{'model_type': 1}"), "config.json is not valid JSON", "config.json"),
     "config is no text": (write("config.json", b"\xff\xfe"), "config.json is not valid JSON", "config.json"),
     "config is a list": (write("config.json", "[]"), "config.json holds list, not an object", "config.json"),
@@ -125,7 +127,11 @@ BAD_SOURCES: dict[str, tuple[Spoil, str, str]] = {
     "nested deeply": (config(x=json.loads("[" * 400 + "]" * 400)), "nested too deeply", "config.json"),
     "nested absurdly": (write("config.json", '{"x":' + "[" * 99_999), "nested too deeply", "config.json"),
     "half a character": (config(x="\ud800"), "half a surrogate pair", "config.json"),
-    "sizes missing": (config(hidden_size=None, num_hidden_layers=None), "num_hidden_layers or n_layer is missing", "(model_type 'llama')"),
+    "sizes missing": (
+        config(hidden_size=None, num_hidden_layers=None),
+        "num_hidden_layers or n_layer is missing",
+        "config.json (model_type 'llama')",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors or pytorch_model.bin", ""),
     "LFS pointer": (write("model.safetensors", LFS_POINTER), "Git LFS pointer", "model.safetensors"),
     "empty file": (write("model.safetensors", ""), "0 bytes are too few", "model.safetensors"),
