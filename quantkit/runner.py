@@ -351,7 +351,7 @@ class Run:
                 written = self.writer.write(main.file, offset, self._cast(unit, start, x))
             elif not (unit.name in self.again and self._maps_back(unit, raw, x, offset)):
                 y = to_pairs(x, unit.head_dim, source.columns) if unit.head_dim else x
-                written = self.writer.write(main.file, offset, y)
+                written = self.writer.write(main.file, offset, y, summed=self._summed(unit))
                 if self.plan.checked and not self._maps_back(unit, raw, x, offset):
                     raise RunError(
                         f"tensor {unit.name!r}, mapped back, is not what was read: a fault of quantkit or of the disk",
@@ -372,9 +372,17 @@ class Run:
             report = replace(measured, nonfinite=nonfinite)
         self.reports[unit.name] = report
         self.seal.tensor(unit)
-        # Of what was on disk already, as it should be, no byte was written.
-        self.committer.put(unit, report, self.sums.get(unit.name, ()) if unit.name in self.again else sums)
+        if unit.name in self.again:  # nothing may have been written of it
+            sums = list(self.sums.get(unit.name, ()))
+        elif not self._summed(unit):
+            sums = []
+        self.committer.put(unit, report, sums)
         return True
+
+    def _summed(self, unit: Unit) -> bool:
+        """Whether what is written is summed, to be compared when it is hashed. What is mapped back was compared just
+        before then, unless others write the rest of a file; and copying is so fast that summing would show."""
+        return self.share is not None or unit.linear is not None or unit.cast or not self.plan.checked
 
     def _cast(self, unit: Unit, start: int, x: Array) -> Array:
         """Elements in fp16. NotFiniteError for one that it cannot hold."""

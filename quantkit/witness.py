@@ -31,13 +31,13 @@ class _Range:
 
 
 def written_sums(units: Iterable[Unit], sums: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """By tensor, from `sums`: by unit, those of its outputs. An older version's journal has none."""
+    """By tensor, from `sums`: by unit, those of its outputs, or none if they were not summed."""
     return {t.name: n for u in units if sums.get(u.name) for t, n in zip(u.outputs, sums[u.name], strict=True)}
 
 
 class Witness:
-    """Looks at a shard's bytes as they go by, from its start to its end. sums: by tensor, of what was written; may grow
-    meanwhile, but has a tensor's before its last byte goes by. units: by tensor, whose it is.
+    """Looks at a shard's bytes as they go by, from its start to its end. sums: by tensor, of what was written, if that
+    was summed; may grow meanwhile, but has a tensor's before its bytes go by. units: by tensor, whose it is.
 
     Of a torch file only tensors are compared: between them are CRC-32s that are not known beforehand.
     """
@@ -58,12 +58,12 @@ class Witness:
         raw, end = np.frombuffer(data, np.uint8), position + len(data)
         while self.ranges and self.ranges[0].start < end:
             near = self.ranges[0]
-            start = max(near.start, position)
-            self.sum += position_sum(raw[start - position : min(near.end, end) - position], start)
+            start, known = max(near.start, position), self.sums.get(near.tensor, near.known)
+            if known is not None:
+                self.sum += position_sum(raw[start - position : min(near.end, end) - position], start)
             if near.end > end:
                 return
             self.ranges.popleft()
-            known = self.sums.get(near.tensor, near.known)  # none of one that an older version wrote
             if known is not None and known != self.sum % MODULUS:
                 what = f"tensor {near.tensor!r}" if near.tensor else "the header"
                 unit = self.units[near.tensor] if near.tensor else ""

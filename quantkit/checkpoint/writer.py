@@ -106,10 +106,10 @@ class ShardWriter:
         """By file name: which file it is, whatever it is called."""
         return {name: os.fstat(fd).st_ino for name, fd in self._fds.items()}
 
-    def write(self, file: str, offset: int, data: npt.NDArray[Any]) -> int:
-        """Writes the array's bytes at `offset` of `file`; their sum. Thread-safe for disjoint ranges."""
+    def write(self, file: str, offset: int, data: npt.NDArray[Any], *, summed: bool = True) -> int:
+        """Writes the array's bytes at `offset` of `file`; their sum, or 0. Thread-safe for disjoint ranges."""
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        found = position_sum(raw, offset)
+        found = position_sum(raw, offset) if summed else 0
         view = memoryview(raw.data)
         try:
             while view:
