@@ -359,7 +359,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (QuantkitError, click.ClickException, KeyboardInterrupt, OSError, RuntimeError, MemoryError) as e:
         if (error := _error_of(e)) is None:
             raise
-        if isinstance(e, OSError):
+        if isinstance(e, OSError) and e.filename is None:
             sys.stdout = None  # it may be what failed, and the interpreter would try once more
         error.where = error.where or " ".join(["quantkit", *arguments[:1]])  # of options that do not go together, say
         if error.own or not follows():

@@ -19,7 +19,7 @@ from quantkit.checkpoint.writer import ShardWriter, TrailingHash
 from quantkit.memory import HASH_BUFFER
 from quantkit.methods.base import Array, Report
 from quantkit.plans import Plan, Shard, Unit
-from quantkit.witness import Witness, written_sums
+from quantkit.witness import Witness, check_unaltered, written_sums
 
 
 class Committer(threading.Thread):
@@ -40,17 +40,17 @@ class Committer(threading.Thread):
         super().__init__(name="committer", daemon=True)
         self.failure: BaseException | None = None
         self.writer, self.journal, self.seal = writer, journal, seal
-        self.queue: queue.SimpleQueue[_Finished | _Note | None] = queue.SimpleQueue()
-        outputs = {t.name: u.name for u in plan.units for t in u.outputs}
+        self.queue: queue.SimpleQueue[_Done | _Note | None] = queue.SimpleQueue()
+        self.outputs = outputs = {t.name: u.name for u in plan.units for t in u.outputs}
         buffer = memoryview(bytearray(HASH_BUFFER))
         self.done, self.sums = done, dict(sums)
         self.frontiers = [
-            _Frontier(s, writer, outputs, buffer, seal, Witness(s, writer.folder, self.sums, outputs)) for s in shards
+            _Frontier(s, writer, outputs, buffer, seal, Witness(s, writer.folder, self.sums)) for s in shards
         ]
 
     def put(self, unit: Unit, report: Report, sums: Sequence[int]) -> None:
         """sums: what `ShardWriter.write` said of each of the unit's outputs."""
-        self.queue.put(_Finished(unit, report, sums))
+        self.queue.put(_Done(unit, report, sums))
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Journals an entry after all that was put before it, and waits until it is on disk."""
@@ -80,7 +80,7 @@ class Committer(threading.Thread):
             while not self.queue.empty():
                 batch.append(self.queue.get())
             last = None in batch
-            finished = [entry for entry in batch if isinstance(entry, _Finished)]
+            finished = [entry for entry in batch if isinstance(entry, _Done)]
             if finished:
                 self.writer.sync({t.file for f in finished for t in f.unit.outputs})
                 self.journal.append(
@@ -99,6 +99,7 @@ class Committer(threading.Thread):
     def _hash(self) -> None:
         for frontier in self.frontiers:
             frontier.advance(self.done)
+        check_unaltered((frontier.witness for frontier in self.frontiers), self.outputs)
 
     def finish(self) -> dict[str, str]:
         """Waits until all is durable; SHA-256 by file name."""
@@ -113,7 +114,7 @@ class Committer(threading.Thread):
 
 
 @dataclass(frozen=True)
-class _Finished:
+class _Done:
     unit: Unit
     report: Report
     sums: Sequence[int]
@@ -137,7 +138,7 @@ class _Frontier:
         seal: Seal,
         witness: Witness,
     ) -> None:
-        self.shard, self.outputs, self.writer, self.seal = shard, outputs, writer, seal
+        self.shard, self.outputs, self.writer, self.seal, self.witness = shard, outputs, writer, seal, witness
         self.waiting = deque((t.name, start) for t, start in zip(shard.tensors, _starts(shard), strict=True))
         self.hash = TrailingHash(partial(writer.read_into, shard.name), shard.nbytes, buffer, witness.look)
 

@@ -78,7 +78,7 @@ def relative_error(found: SourceTensor, files: SourceFiles, source: SourceTensor
     error = norm = 0.0
     granule = 0 if found.turned or source.turned else math.lcm(found.granule, source.granule)
     size = slab_elements(found, granule, SLAB)
-    for start in range(0, found.numel, size):
+    for start in range(0, found.numel, size or 1):
         n = min(size, found.numel - start)
         read = (elements(found, files, start, n), elements(source, source_files, start, n))
         new, old = (to_float32(x, found.dtype).astype(np.float64) for x in read)

@@ -36,4 +36,9 @@ class Kept:
         )
 
     def without(self, units: set[str]) -> Kept:
-        return replace(self, reports={name: r for name, r in self.reports.items() if name not in units})
+        return replace(
+            self,
+            reports={name: x for name, x in self.reports.items() if name not in units},
+            crcs={name: x for name, x in self.crcs.items() if name not in units},
+            sums={name: x for name, x in self.sums.items() if name not in units},
+        )

@@ -54,6 +54,10 @@ class LayersDone:
             return cls(sparsities=own)
         return cls(int(last["layer"]) + 1, frozenset(last["excluded"]), last["compute"], own)
 
+    def entry(self) -> dict[str, Any]:
+        """The journal's."""
+        return {"layer": self.layers - 1, "excluded": sorted(self.excluded), "compute": self.compute}
+
 
 def scratch(out: Path) -> Path:
     """Where hidden states lie while a run is under way."""
@@ -191,10 +195,11 @@ class LayerRun:
                         made.layer(index, self._solve)
                     else:
                         made.head(*next(iter(head.items())), self._solve)
-                    note = {"layer": index, "excluded": sorted(made.excluded), "compute": str(compute).split(".")[1]}
                     self.team.meet()  # what all have written is on disk
-                    self.sink.note(note)
-                    self.done = replace(LayersDone.read([note]), sparsities=done.sparsities)
+                    excluded, dtype = frozenset(made.excluded), str(compute).split(".")[1]
+                    now = LayersDone(index + 1, excluded, dtype, done.sparsities)
+                    self.sink.note(now.entry())
+                    self.done = now
 
     def _survey(self, stream: NormStream, prune: Prune, layers: int) -> LayersDone:
         """How much of each layer goes, by its outliers in the model as it is."""

@@ -47,7 +47,7 @@ from quantkit.plans import Plan, Unit
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.runner import Outcome, Run, Share, layouts, outcome_of, publish
 from quantkit.sharing import Part, runs
-from quantkit.witness import AlteredError, Witness, written_sums
+from quantkit.witness import AlteredError, Witness, check_unaltered, written_sums
 
 NEAR = 0.1  # of a part's cost: so far a part may begin from where it should, if a source file ends there
 PATIENCE = 600.0  # seconds
@@ -119,6 +119,7 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         if opened is None:
             return outcome_of(out, plan, started, len(plan.units), None)
         writer, journal = opened
+        writer.write_fixed(s.name for s in plan.shards if s.name in share.shards and s.zip is None)
         kept = Kept.read(journal.entries)
         files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
         run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
@@ -381,15 +382,20 @@ def _is_done(entries: Sequence[Mapping[str, Any]]) -> bool:
 
 @contextmanager
 def _blamed(plan: Plan, journals: Mapping[Part, Journal]) -> Iterator[None]:
-    """RunError for what is found altered on disk: it is to be done again by the part whose it is."""
+    """AlteredError that says which parts are to be run again: those whose tensors are altered on disk. Their journals
+    are told."""
     try:
         yield
     except AlteredError as e:
+        blamed = []
+        every = shares(plan, next(iter(journals)).count)
         for part, journal in journals.items():
-            if any(u.name == e.unit for u in shares(plan, part.count)[part.index - 1].units):
-                journal.append([{"altered": e.unit}])
-                raise RunError(e.what, where=e.where, hint=f"run part {part} again, by the same command") from None
-        raise RunError(e.what, where=e.where, hint="delete the folder, and begin again") from None
+            if theirs := [u.name for u in every[part.index - 1].units if u.name in e.units]:
+                journal.append({"altered": name} for name in theirs)
+                blamed.append(str(part))
+        if blamed:
+            e.hint = f"run part {', '.join(blamed)} again, by the command that it was run by"
+        raise
 
 
 def _not_finished(part: Part, out: Path) -> OutputError:
@@ -414,14 +420,15 @@ def _hashed(
     """With the hashes of files that no part had whole, several at once. Torch files get their CRC-32s first: later."""
     left = {("source", f.name): (partial(files.pread, f.name), f.nbytes)
             for f in files.files.values() if f.name not in kept.sources}  # fmt: skip
-    shards_left = {s.name: s for s in plan.shards if s.name not in kept.shards and s.zip is None}
-    left |= {("shard", name): (partial(writer.read_into, name), s.nbytes) for name, s in shards_left.items()}
-    units = {t.name: u.name for u in plan.units for t in u.outputs}
     sums = written_sums(plan.units, kept.sums)
+    witnesses = {s.name: Witness(s, writer.folder, sums) for s in plan.shards
+                 if s.name not in kept.shards and s.zip is None}  # fmt: skip
+    left |= {("shard", name): (partial(writer.read_into, name), writer.layouts[name].nbytes) for name in witnesses}
+    writer.write_fixed(witnesses)
 
     def digest(key: tuple[str, str]) -> str:
         (kind, name), (read, nbytes) = key, left[key]
-        look = Witness(shards_left[name], writer.folder, sums, units).look if kind == "shard" else None
+        look = witnesses[name].look if kind == "shard" else None
         return TrailingHash(read, nbytes, memoryview(bytearray(HASH_BUFFER)), look).hexdigest()
 
     found: dict[tuple[str, str], str] = {}
@@ -432,11 +439,14 @@ def _hashed(
             futures = {pool.submit(digest, key): key for key in largest_first}
             for future in as_completed(futures):
                 key = futures[future]
-                found[key] = future.result()
-                journal.append([{key[0]: key[1], "sha256": found[key]}])
+                digest_of = future.result()
                 progress.advance(left[key][1])
+                if key[0] == "source" or not witnesses[key[1]].altered:
+                    found[key] = digest_of
+                    journal.append([{key[0]: key[1], "sha256": digest_of}])
     finally:
         pool.shutdown(cancel_futures=True)
+    check_unaltered(witnesses.values(), {t.name: u.name for u in plan.units for t in u.outputs})
     sources = {name: digest for (kind, name), digest in found.items() if kind == "source"}
     shards = {name: digest for (kind, name), digest in found.items() if kind == "shard"}
     return replace(kept, sources={**kept.sources, **sources}, shards={**kept.shards, **shards})

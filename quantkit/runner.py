@@ -89,18 +89,10 @@ def execute(
         return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:
         console.warn(warning)
+    again = "the same command without --force" if force else "the same command"
     try:
-        kept = Kept.read(journal.entries)
         writer = ShardWriter(out, layouts(plan))
-        lost = {u.name for u in plan.units if any(t.file in writer.fresh for t in u.outputs)}
-        kept = kept.without(lost)
-        layers = LayersDone.read(journal.entries)
-        solved = {u.name for u in plan.units if u.calibrated and u.linear and 0 <= u.linear.layer < layers.layers}
-        if lost or solved - kept.reports.keys() or not can_resume(plan, out, layers):
-            layers = LayersDone(sparsities=layers.sparsities)
-        # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.
-        half = {u.name for u in plan.units if u.calibrated and u.linear and u.linear.layer >= layers.layers}
-        kept = kept.without(half)
+        kept, layers = _left(plan, out, journal, writer.fresh)
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
                 run = Run(plan, checkpoint, files, writer, journal, console, kept, team=team)
@@ -117,11 +109,11 @@ def execute(
         abandon(out, plan, journal)
         raise
     except AlteredError as e:
-        if e.unit:
-            journal.append([{"altered": e.unit}])
+        journal.append({"altered": name} for name in sorted(e.units))
+        solved = any(u.calibrated for u in plan.units if u.name in e.units)
+        e.hint = f"run {again} again: {'all layers are solved' if solved else 'it is written'} anew"
         raise
     except KeyboardInterrupt:
-        again = "the same command without --force" if force else "the same command"
         raise Interrupted(
             "interrupted; what is finished is kept", where=str(out), hint=f"{again} takes up where it stopped"
         ) from None
@@ -130,6 +122,23 @@ def execute(
     finally:
         journal.close()
     return outcome_of(out, plan, started, len(kept.reports), measured)
+
+
+def _left(plan: Plan, out: Path, journal: Journal, fresh: set[str]) -> tuple[Kept, LayersDone]:
+    """What an earlier run did and still holds. fresh: files of which nothing is left. What holds no more is journalled:
+    otherwise, if this run is killed, the next one would believe it."""
+    kept, layers = Kept.read(journal.entries), LayersDone.read(journal.entries)
+    lost = {u.name for u in plan.units if any(t.file in fresh for t in u.outputs)} & kept.reports.keys()
+    if lost:
+        journal.append({"altered": name} for name in sorted(lost))
+    kept = kept.without(lost)
+    solved = {u.name for u in plan.units if u.calibrated and u.linear and 0 <= u.linear.layer < layers.layers}
+    if layers.layers and (solved - kept.reports.keys() or not can_resume(plan, out, layers)):
+        journal.append([LayersDone().entry()])
+        layers = LayersDone(sparsities=layers.sparsities)
+    # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.
+    half = {u.name for u in plan.units if u.calibrated and u.linear and u.linear.layer >= layers.layers}
+    return kept.without(half), layers
 
 
 def outcome_of(
@@ -236,7 +245,10 @@ class Run:
         self.pending = [u for u in units if u.name not in done]
         self.seal = Seal(plan, writer, {name: crc for name, crc in kept.crcs.items() if name in done})
         shards = [s for s in plan.shards if s.name not in kept.shards and (share is None or s.name in share.shards)]
-        self.sums = kept.sums
+        # Whether copies are summed, too. What is mapped back was compared just before it is hashed, unless others write
+        # to the same file, or linears before it are solved first; and copying is so fast that summing would show.
+        self.copies_summed = share is not None or any(u.calibrated for u in units) or not plan.checked
+        self.known = kept.sums
         sums = written_sums((u for u in plan.units if u.name in done), kept.sums)
         self.committer = Committer(plan, shards, writer, journal, set(done), sums, self.seal)
         self.hashes = SourceHashes(files, journal, kept.sources, None if share is None else share.sources)
@@ -351,11 +363,11 @@ class Run:
                 written = self.writer.write(main.file, offset, self._cast(unit, start, x))
             elif not (unit.name in self.again and self._maps_back(unit, raw, x, offset)):
                 y = to_pairs(x, unit.head_dim, source.columns) if unit.head_dim else x
-                written = self.writer.write(main.file, offset, y, summed=self._summed(unit))
+                written = self.writer.write(main.file, offset, y, summed=self.copies_summed)
                 if self.plan.checked and not self._maps_back(unit, raw, x, offset):
                     raise RunError(
                         f"tensor {unit.name!r}, mapped back, is not what was read: a fault of quantkit or of the disk",
-                        where=f"{self.writer.folder}/{main.file}", hint="run the same command with --force",
+                        where=f"{self.writer.folder}/{main.file}", hint="run the same command again",
                     )  # fmt: skip
         else:
             if unit.linear is not None and unit.linear.transposed:
@@ -370,19 +382,14 @@ class Run:
             companions, measured = state.encoder.finish()
             sums += [self.writer.write(t.file, t.offset, companions[t.name]) for t in unit.outputs[1:]]
             report = replace(measured, nonfinite=nonfinite)
+        elif unit.name in self.again:  # nothing may have been written of it
+            sums = list(self.known.get(unit.name, ()))
+        elif not (unit.cast or self.copies_summed):
+            sums = []
         self.reports[unit.name] = report
         self.seal.tensor(unit)
-        if unit.name in self.again:  # nothing may have been written of it
-            sums = list(self.sums.get(unit.name, ()))
-        elif not self._summed(unit):
-            sums = []
         self.committer.put(unit, report, sums)
         return True
-
-    def _summed(self, unit: Unit) -> bool:
-        """Whether what is written is summed, to be compared when it is hashed. What is mapped back was compared just
-        before then, unless others write the rest of a file; and copying is so fast that summing would show."""
-        return self.share is not None or unit.linear is not None or unit.cast or not self.plan.checked
 
     def _cast(self, unit: Unit, start: int, x: Array) -> Array:
         """Elements in fp16. NotFiniteError for one that it cannot hold."""
@@ -457,7 +464,7 @@ def _reopen(plan: Plan, out: Path) -> None:
         (out / plan.config_file).unlink()
         raise RunError(
             f"the written folder does not hold the model: {fault}; a fault of quantkit or of the disk",
-            where=str(out), hint="run the same command with --force",
+            where=str(out), hint="begin anew, in another folder or with --force",
         )  # fmt: skip
 
 

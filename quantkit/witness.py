@@ -13,20 +13,22 @@ from quantkit.errors import RunError
 from quantkit.kernels.sums import MODULUS, position_sum
 from quantkit.plans import Shard, Unit
 
+AGAIN = "run the same command again: it is written anew"
+
 
 class AlteredError(RunError):
-    """A file holds something else than what was written to it. unit: whose tensor it is; "" for a file's header."""
+    """Files hold something else than what was written to them. units: whose tensors that is; a header is nobody's."""
 
-    def __init__(self, what: str, *, unit: str, where: str) -> None:
-        super().__init__(what, where=where, hint="run the same command again: it is written anew")
-        self.unit = unit
+    def __init__(self, what: str, *, units: frozenset[str], where: str, hint: str = AGAIN) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.units = units
 
 
 @dataclass(frozen=True)
 class _Range:
     start: int
     end: int
-    tensor: str
+    tensor: str | None  # none in a header
     known: int | None = None
 
 
@@ -36,36 +38,51 @@ def written_sums(units: Iterable[Unit], sums: Mapping[str, Sequence[int]]) -> di
 
 
 class Witness:
-    """Looks at a shard's bytes as they go by, from its start to its end. sums: by tensor, of what was written, if that
-    was summed; may grow meanwhile, but has a tensor's before its bytes go by. units: by tensor, whose it is.
+    """Looks at a shard's bytes as they go by, from its start to its end, and collects in `altered` what is not as it
+    was written: tensors, and None for the header. sums: by tensor, of what was written, if that was summed; may grow
+    meanwhile, but has a tensor's before its bytes go by.
 
     Of a torch file only tensors are compared: between them are CRC-32s that are not known beforehand.
     """
 
-    def __init__(self, shard: Shard, folder: Path, sums: Mapping[str, int], units: Mapping[str, str]) -> None:
-        self.path, self.sums, self.units = folder / shard.name, sums, units
+    def __init__(self, shard: Shard, folder: Path, sums: Mapping[str, int]) -> None:
+        self.path, self.sums = folder / shard.name, sums
+        self.altered: list[str | None] = []
         ranges = [_Range(t.offset, t.offset + t.nbytes, t.name) for t in shard.tensors]
         if shard.zip is None:
             ranges += [
-                _Range(offset, offset + len(raw), "", position_sum(np.frombuffer(raw, np.uint8), offset))
+                _Range(offset, offset + len(raw), None, position_sum(np.frombuffer(raw, np.uint8), offset))
                 for offset, raw in shard.fixed
             ]
         self.ranges = deque(sorted((r for r in ranges if r.start < r.end), key=lambda r: r.start))
         self.sum = 0
 
     def look(self, position: int, data: memoryview) -> None:
-        """`data` follows at `position`. AlteredError where a tensor ends that is not what was written."""
+        """`data` follows at `position`."""
         raw, end = np.frombuffer(data, np.uint8), position + len(data)
         while self.ranges and self.ranges[0].start < end:
             near = self.ranges[0]
-            start, known = max(near.start, position), self.sums.get(near.tensor, near.known)
+            start, known = max(near.start, position), near.known if near.tensor is None else self.sums.get(near.tensor)
             if known is not None:
                 self.sum += position_sum(raw[start - position : min(near.end, end) - position], start)
             if near.end > end:
                 return
             self.ranges.popleft()
             if known is not None and known != self.sum % MODULUS:
-                what = f"tensor {near.tensor!r}" if near.tensor else "the header"
-                unit = self.units[near.tensor] if near.tensor else ""
-                raise AlteredError(f"{what} is not on disk as it was written", unit=unit, where=str(self.path))
+                self.altered.append(near.tensor)
             self.sum = 0
+
+
+def check_unaltered(witnesses: Iterable[Witness], units: Mapping[str, str]) -> None:
+    """AlteredError for all that they have collected. units: by tensor, whose it is."""
+    found = [(tensor, witness.path) for witness in witnesses for tensor in witness.altered]
+    if not found:
+        return
+    (first, path), more = found[0], len(found) - 1
+    what = "the header" if first is None else f"tensor {first!r}"
+    if more:
+        what += f" and {more:,} more are not on disk as they were written"
+    else:
+        what += " is not on disk as it was written"
+    altered = frozenset(units[tensor] for tensor, _ in found if tensor is not None)
+    raise AlteredError(what, units=altered, where=str(path))

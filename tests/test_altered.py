@@ -4,6 +4,8 @@ changed meanwhile never gets into a finished folder; whoever wrote it writes it 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from eval_models import text_of
 from resuming import OPTIONS, assert_three_lines, at, digests, lines, make_source
 
 import quantkit
-from quantkit.checkpoint.writer import ShardWriter
 from quantkit.errors import Interrupted, QuantkitError
+from quantkit.layer_runner import Written
 from quantkit.parts import shares
 from quantkit.plans import Plan
 
@@ -126,38 +128,143 @@ def test_a_byte_that_changed_after_a_part_was_done(
     assert digests(parts) == reference
 
 
-def test_a_header_that_changed_after_parts_were_done(parts: Path, plan: Plan) -> None:
+def test_a_header_that_changed_after_parts_were_done(parts: Path, plan: Plan, reference: dict[str, str]) -> None:
+    """It is known beforehand, and so written anew."""
     flip(parts / f"{shared(plan)}.partial", 20)
-    for _ in range(2):
-        code, stderr = finish(parts)
-        assert code == 1
-        assert_three_lines(stderr, f"the header {ALTERED}", shared(plan), "delete the folder")
-    assert not (parts / "config.json").exists()
+    assert finish(parts) == (0, "")
+    assert digests(parts) == reference
 
 
-@pytest.mark.parametrize("which", ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_a_layer_that_was_solved_is_solved_again(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = tmp_path / "text.txt"
+def test_several_that_changed_are_found_at_once(
+    parts: Path, source: Path, plan: Plan, reference: dict[str, str]
+) -> None:
+    tensors = [t for u in plan.units for t in u.outputs if t.file == shared(plan)]
+    for tensor in (tensors[0], tensors[1], tensors[-1]):
+        flip(parts / f"{tensor.file}.partial", tensor.offset)
+    code, stderr = finish(parts)
+    assert code == 1
+    owners = [
+        n
+        for n, share in enumerate(shares(plan, 3), 1)
+        if shared(plan) in {t.file for u in share.units for t in u.outputs}
+    ]
+    assert len(owners) > 1
+    again = ", ".join(f"{n}/3" for n in owners)
+    assert_three_lines(stderr, f"tensor '{tensors[0].name}' and 2 more", f"run part {again} again")
+    for n in owners:
+        assert quantize(source, parts, "--part", f"{n}/3") == (0, "")
+    assert finish(parts) == (0, "")
+    assert digests(parts) == reference
+
+
+def test_a_byte_that_changed_in_a_file_of_one_part(
+    source: Path, plan: Plan, reference: dict[str, str], tmp_path: Path
+) -> None:
+    out, share = tmp_path / "out", shares(plan, 3)[0]
+    name = next(s.name for s in plan.shards if s.name in share.shards)
+    tensor = next(t for u in share.units for t in u.outputs if t.file == name)
+    process = warm.start(["quantize", str(source), "-o", str(out), *OPTIONS, "--part", "1/3"])
+    journal = out / ".quantkit" / "part-1-of-3"
+    at(process, out, lambda _: journal.exists() and journal.read_bytes().count(b"\n") > 8, signal.SIGKILL)
+    process.communicate(timeout=60)
+    flip(out / f"{name}.partial", tensor.offset)
+    flip(out / f"{name}.partial", 20)  # and its header
+    code, stderr = quantize(source, out, "--part", "1/3")
+    assert code == 1
+    assert_three_lines(stderr, f"tensor '{tensor.name}' {ALTERED}", name, "run part 1/3 again")
+    for n in (1, 2, 3):
+        assert quantize(source, out, "--part", f"{n}/3") == (0, "")
+    assert finish(out) == (0, "")
+    assert digests(out) == reference
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_a_copy_that_changed_after_a_part_was_done(form: str, source: Path, tmp_path: Path) -> None:
+    out, line = tmp_path / "out", ["convert", str(source), "--to", "mistral", "--no-tokenizer", "--quiet"]
+    line += ["--weights-format", form, "-o"]
+    assert warm.run([*line, str(tmp_path / "whole")]).returncode == 0
+    for n in ("1/2", "2/2"):
+        assert warm.run([*line, str(out), "--part", n]).returncode == 0
+    recipe = {"convert": {"to": "mistral", "tokenizer": False, "weights_format": form}}
+    unit = quantkit.plan(source, recipe).units[-1]
+    flip(out / f"{unit.outputs[0].file}.partial", unit.outputs[0].offset)
+    code, stderr = finish(out)
+    assert code == 1
+    assert_three_lines(stderr, f"tensor '{unit.outputs[0].name}' {ALTERED}", "run part 2/2 again")
+    assert warm.run([*line, str(out), "--part", "2/2"]).returncode == 0
+    assert finish(out) == (0, "")
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """A model, a recipe for it, and what an undisturbed run makes of it."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    text = folder / "text.txt"
     text.write_text(text_of(3000))
     recipe: dict[str, Any] = {
         "quantize": {"method": "gptq", "bits": 4, "group_size": 32},
         "calibration": {"text": str(text), "samples": 8, "length": 64}, "resources": {"threads": 1},
     }  # fmt: skip
-    source = make_tiny("llama", tmp_path / "source")
-    quantkit.quantize(str(source), tmp_path / "reference", recipe)
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "commit", interrupt)
+    source = make_tiny("llama", folder / "source", num_hidden_layers=3)
+    quantkit.quantize(str(source), folder / "reference", recipe)
+    return source, recipe, digests(folder / "reference")
+
+
+def interrupted(source: Path, out: Path, recipe: dict[str, Any], noted: int) -> None:
+    """A run that is interrupted where it would note that one more layer is finished."""
+    note, left = Written.note, [noted]
+
+    def stop(self: Written, entry: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        note(self, entry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Written, "note", stop)
         with pytest.raises(Interrupted):
             quantkit.quantize(str(source), out, recipe)
-    unit = next(u for u in quantkit.plan(str(source), recipe).units if u.name == which)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("again", ["at once", "and is interrupted"])
+def test_a_layer_that_was_solved_is_solved_again(
+    layer: int, again: str, calibrated: tuple[Path, dict[str, Any], dict[str, str]], tmp_path: Path
+) -> None:
+    """With all others, as hidden states of earlier layers are gone: also if that is interrupted in the first of them,
+    when states of the last run are overwritten already, and its journal still speaks of them."""
+    source, recipe, reference = calibrated
+    out = tmp_path / "out"
+    interrupted(source, out, recipe, 2)
+    name = f"model.layers.{layer}.mlp.up_proj.weight"
+    unit = next(u for u in quantkit.plan(str(source), recipe).units if u.name == name)
     flip(out / f"{unit.outputs[0].file}.partial", unit.outputs[0].offset)
     with pytest.raises(QuantkitError, match=ALTERED) as stop:
         quantkit.quantize(str(source), out, recipe)
     assert stop.value.exit_code == 1
+    assert "all layers are solved anew" in stop.value.hint
+    if again == "and is interrupted":
+        interrupted(source, out, recipe, 0)
     quantkit.quantize(str(source), out, recipe)
-    assert digests(out) == digests(tmp_path / "reference")
+    assert digests(out) == reference
 
 
-def interrupt(_writer: ShardWriter) -> None:
-    raise KeyboardInterrupt
+DIES = """
+import os
+from quantkit.cli import main
+from quantkit.runner import Run
+Run.run = lambda *_: os._exit(9)
+main()
+"""
+
+
+def test_a_file_that_is_gone_stays_gone(source: Path, plan: Plan, reference: dict[str, str], tmp_path: Path) -> None:
+    """Also if the run that makes it anew, zeros at first, is killed: the journal speaks of the old one."""
+    out = tmp_path / "out"
+    killed(source, out)
+    next(out.glob("*.partial")).unlink()
+    died = subprocess.run([sys.executable, "-c", DIES, "quantize", str(source), "-o", str(out), *OPTIONS])
+    assert died.returncode == 9
+    assert quantize(source, out) == (0, "")
+    assert digests(out) == reference

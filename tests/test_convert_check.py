@@ -91,14 +91,14 @@ def slip(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[str]]:
     def plan(n: int, byte: int) -> list[str]:
         seen, done = [0], list[str]()
 
-        def wrong(self: ShardWriter, file: str, offset: int, data: Any) -> None:
+        def wrong(self: ShardWriter, file: str, offset: int, data: Any, **more: Any) -> int:
             seen[0] += data.nbytes > 4  # a CRC-32 is no slab
             if seen[0] == n and not done:
                 raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).copy()
                 raw[byte] ^= 1
                 data = raw
                 done.append(file)
-            write(self, file, offset, data)
+            return write(self, file, offset, data, **more)
 
         monkeypatch.setattr(ShardWriter, "write", wrong)
         return done

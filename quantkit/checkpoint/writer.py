@@ -101,6 +101,12 @@ class ShardWriter:
         except OSError as e:
             raise write_error(e, path) from None
 
+    def write_fixed(self, files: Iterable[str]) -> None:
+        """Once more what of these files is known beforehand: where others write to them, it may have been altered."""
+        for name in files:
+            for offset, data in self.layouts[name].fixed:
+                self.write(name, offset, np.frombuffer(data, np.uint8), summed=False)
+
     @property
     def inodes(self) -> dict[str, int]:
         """By file name: which file it is, whatever it is called."""

@@ -6,14 +6,19 @@ import random
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantkit.kernels.sums import MODULUS, position_sum
+from quantkit.kernels.sums import MODULUS, ROW, WEIGHTS, position_sum
 
 
 def slow(data: bytes, offset: int) -> int:
-    return sum((b << 8 * (i % 8)) * (2 * (i // 8) + 1) for i, b in enumerate(data, offset)) % MODULUS
+    found = 0
+    for i, byte in enumerate(data, offset):
+        row, column = divmod(i // 4, ROW)
+        found += (byte << 8 * (i % 4)) * (2 * row + 1) * int(WEIGHTS[column])
+    return found % MODULUS
 
 
 def fast(data: bytes, offset: int) -> int:
@@ -27,7 +32,31 @@ def test_it_is_the_sum(data: bytes, offset: int) -> None:
 
 def test_of_many_words() -> None:
     data = np.random.default_rng(0).integers(0, 256, 300_007, np.uint8).tobytes()
-    assert fast(data, 13) == slow(data, 13)
+    for offset in (0, 13, 4 * ROW - 2, 4 * ROW * 1000 + 8):
+        assert fast(data, offset) == slow(data, offset)
+
+
+def test_weights_are_the_same_everywhere() -> None:
+    """Parts of a job on several machines sum alike."""
+    assert [int(w) for w in WEIGHTS[:2]] == [0x9E3779B9E17D05AD, 0x3C6EF372C2FA0B59]
+    assert all(WEIGHTS % 2 == 1)
+    assert len(set(WEIGHTS.tolist())) == ROW
+
+
+@pytest.mark.parametrize("bit", [0, 13, 31])
+def test_the_same_bit_of_many_words(bit: int) -> None:
+    """As a faulty line of memory, or of a cable, would turn it."""
+    words = np.random.default_rng(1).integers(0, 1 << 32, 4 * ROW, np.uint32)
+    before = position_sum(words.view(np.uint8), 0)
+    for step in (1, 2, 16, 1024, ROW, 2 * ROW):
+        changed = words.copy()
+        changed[::step] ^= np.uint32(1 << bit)
+        assert position_sum(changed.view(np.uint8), 0) != before
+    assert position_sum(words[::-1].copy().view(np.uint8), 0) != before
+    for a, b in ((0, 1), (1, ROW), (ROW + 2, 2 * ROW + 1)):
+        changed = words.copy()
+        changed[[a, b]] = changed[[b, a]]
+        assert position_sum(changed.view(np.uint8), 0) != before
 
 
 @given(st.binary(min_size=1, max_size=200), st.integers(0, 1 << 45), st.randoms(use_true_random=False))
