@@ -35,15 +35,19 @@ class Committer(threading.Thread):
         done: set[str],
         sums: Mapping[str, int],
         seal: Seal,
+        *,
+        watchful: bool,
     ) -> None:
-        """shards: those to be hashed. done: units on disk already; sums: by tensor, of what was written of these."""
+        """shards: those to be hashed. done: units on disk already; sums: by tensor, of what was written of these.
+        watchful: whether what is written now is compared when it is hashed, too, and not only what was written before.
+        """
         super().__init__(name="committer", daemon=True)
         self.failure: BaseException | None = None
         self.writer, self.journal, self.seal = writer, journal, seal
         self.queue: queue.SimpleQueue[_Done | _Note | None] = queue.SimpleQueue()
         self.outputs = outputs = {t.name: u.name for u in plan.units for t in u.outputs}
         buffer = memoryview(bytearray(HASH_BUFFER))
-        self.done, self.sums = done, dict(sums)
+        self.done, self.sums, self.watchful = done, dict(sums), watchful
         self.frontiers = [
             _Frontier(s, writer, outputs, buffer, seal, Witness(s, writer.folder, self.sums)) for s in shards
         ]
@@ -87,7 +91,8 @@ class Committer(threading.Thread):
                     {"unit": f.unit.name, "report": f.report.row(), "sums": list(f.sums), **self.seal.entry(f.unit)}
                     for f in finished
                 )
-                self.sums |= written_sums([f.unit for f in finished], {f.unit.name: f.sums for f in finished})
+                if self.watchful:
+                    self.sums |= written_sums([f.unit for f in finished], {f.unit.name: f.sums for f in finished})
                 self.done |= {f.unit.name for f in finished}
             for note in batch:
                 if isinstance(note, _Note):

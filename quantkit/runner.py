@@ -245,12 +245,13 @@ class Run:
         self.pending = [u for u in units if u.name not in done]
         self.seal = Seal(plan, writer, {name: crc for name, crc in kept.crcs.items() if name in done})
         shards = [s for s in plan.shards if s.name not in kept.shards and (share is None or s.name in share.shards)]
-        # Whether copies are summed, too. What is mapped back was compared just before it is hashed, unless others write
-        # to the same file, or linears before it are solved first; and copying is so fast that summing would show.
-        self.copies_summed = share is not None or any(u.calibrated for u in units) or not plan.checked
+        # Whether it may be long before what is written is hashed: others write to the file, or linears come first.
+        watchful = share is not None or any(u.calibrated for u in units)
+        # Others than these are mapped back when a run is taken up; and copying is so fast that summing would show.
+        self.copies_summed = watchful or not plan.checked
         self.known = kept.sums
         sums = written_sums((u for u in plan.units if u.name in done), kept.sums)
-        self.committer = Committer(plan, shards, writer, journal, set(done), sums, self.seal)
+        self.committer = Committer(plan, shards, writer, journal, set(done), sums, self.seal, watchful=watchful)
         self.hashes = SourceHashes(files, journal, kept.sources, None if share is None else share.sources)
         self.shards = kept.shards
 
