@@ -11,13 +11,15 @@ from quantkit.methods.base import Report
 
 @dataclass(frozen=True)
 class Kept:
-    """Reports, CRC-32s, and sums of what was written, by unit; SHA-256s of files read, and of files written."""
+    """Reports, CRC-32s, and sums of what was written, by unit; SHA-256s of files read, and of files written;
+    and when these were written to, by then."""
 
     reports: Mapping[str, Report]
     crcs: Mapping[str, int]
     sums: Mapping[str, Sequence[int]]
     sources: Mapping[str, str]
     shards: Mapping[str, str]
+    stamps: Mapping[str, int]
 
     @classmethod
     def read(cls, entries: Sequence[Mapping[str, Any]]) -> Kept:
@@ -33,6 +35,7 @@ class Kept:
             {name: [int(n) for n in e["sums"]] for name, e in units.items() if "sums" in e},
             {str(e["source"]): str(e["sha256"]) for e in entries if "source" in e},
             {str(e["shard"]): str(e["sha256"]) for e in entries if "shard" in e},
+            {str(e["shard"]): int(e["stamp"]) for e in entries if "stamp" in e},
         )
 
     def without(self, units: set[str]) -> Kept:

@@ -119,8 +119,8 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         if opened is None:
             return outcome_of(out, plan, started, len(plan.units), None)
         writer, journal = opened
-        writer.write_fixed(s.name for s in plan.shards if s.name in share.shards and s.zip is None)
-        kept = Kept.read(journal.entries)
+        kept = _unchanged(Kept.read(journal.entries), writer)
+        writer.write_fixed(share.shards - kept.shards.keys())
         files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
         run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
         try:
@@ -130,7 +130,11 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
             hint = f"delete {out}, and begin again: {e.hint}"
             raise NotFiniteError(e.what, where=e.where, hint=hint) from None
         files.check_unchanged()
-        hashed = [{"shard": n, "sha256": d} for n, d in measured.outputs.items() if n not in kept.shards]
+        hashed = [
+            {"shard": n, "sha256": d, "stamp": writer.stamp(n)}
+            for n, d in measured.outputs.items()
+            if n not in kept.shards
+        ]
         journal.append([*hashed, {"done": True}])
     return outcome_of(out, plan, started, len(kept.reports), measured, part=share)
 
@@ -364,6 +368,8 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                     f"tensor {left[0].name!r} is in no part's journal", where=str(out), hint="run its part again"
                 )
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
+                kept = _unchanged(kept, writer)
+                writer.write_fixed(s.name for s in plan.shards if s.name not in kept.shards)
                 kept = _hashed(plan, files, writer, own, kept, console)
                 measured = Run(plan, checkpoint, files, writer, own, console, kept, again=False).run(out)
                 files.check_unchanged()
@@ -372,6 +378,12 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
         with _locked(out):
             _forget(out)
     return outcome_of(out, plan, started, 0, measured)
+
+
+def _unchanged(kept: Kept, writer: ShardWriter) -> Kept:
+    """Without the hashes of files that somebody has written to since: they are hashed again, and compared."""
+    shards = {name: d for name, d in kept.shards.items() if kept.stamps.get(name) == writer.stamp(name)}
+    return replace(kept, shards=shards)
 
 
 def _is_done(entries: Sequence[Mapping[str, Any]]) -> bool:
@@ -424,7 +436,6 @@ def _hashed(
     witnesses = {s.name: Witness(s, writer.folder, sums) for s in plan.shards
                  if s.name not in kept.shards and s.zip is None}  # fmt: skip
     left |= {("shard", name): (partial(writer.read_into, name), writer.layouts[name].nbytes) for name in witnesses}
-    writer.write_fixed(witnesses)
 
     def digest(key: tuple[str, str]) -> str:
         (kind, name), (read, nbytes) = key, left[key]
@@ -443,7 +454,8 @@ def _hashed(
                 progress.advance(left[key][1])
                 if key[0] == "source" or not witnesses[key[1]].altered:
                     found[key] = digest_of
-                    journal.append([{key[0]: key[1], "sha256": digest_of}])
+                    stamp = {} if key[0] == "source" else {"stamp": writer.stamp(key[1])}
+                    journal.append([{key[0]: key[1], "sha256": digest_of, **stamp}])
     finally:
         pool.shutdown(cancel_futures=True)
     check_unaltered(witnesses.values(), {t.name: u.name for u in plan.units for t in u.outputs})

@@ -31,7 +31,7 @@ from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.reader import SourceFiles, not_finite, runs_buffer, safe_path
 from quantkit.checkpoint.system import PAGE, page_buffer
 from quantkit.checkpoint.views import SourceTensor, same_bytes
-from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, write_error, write_file
+from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, missing_files, write_error, write_file
 from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, RunError, SourceError
@@ -91,8 +91,8 @@ def execute(
         console.warn(warning)
     again = "the same command without --force" if force else "the same command"
     try:
+        kept, layers = _left(plan, out, journal)  # before files that are gone are made anew
         writer = ShardWriter(out, layouts(plan))
-        kept, layers = _left(plan, out, journal, writer.fresh)
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
                 run = Run(plan, checkpoint, files, writer, journal, console, kept, team=team)
@@ -124,11 +124,12 @@ def execute(
     return outcome_of(out, plan, started, len(kept.reports), measured)
 
 
-def _left(plan: Plan, out: Path, journal: Journal, fresh: set[str]) -> tuple[Kept, LayersDone]:
-    """What an earlier run did and still holds. fresh: files of which nothing is left. What holds no more is journalled:
-    otherwise, if this run is killed, the next one would believe it."""
+def _left(plan: Plan, out: Path, journal: Journal) -> tuple[Kept, LayersDone]:
+    """What an earlier run did and still holds. What holds no more is journalled: otherwise, if this run is killed, the
+    next one would believe it."""
+    gone = missing_files(out, layouts(plan))
     kept, layers = Kept.read(journal.entries), LayersDone.read(journal.entries)
-    lost = {u.name for u in plan.units if any(t.file in fresh for t in u.outputs)} & kept.reports.keys()
+    lost = {u.name for u in plan.units if any(t.file in gone for t in u.outputs)} & kept.reports.keys()
     if lost:
         journal.append({"altered": name} for name in sorted(lost))
     kept = kept.without(lost)

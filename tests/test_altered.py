@@ -178,6 +178,36 @@ def test_a_byte_that_changed_in_a_file_of_one_part(
     assert digests(out) == reference
 
 
+def test_a_byte_that_changed_in_a_file_that_a_part_had_whole(
+    parts: Path, source: Path, plan: Plan, reference: dict[str, str]
+) -> None:
+    """It was hashed already, by its part: whoever writes to it later does not go unseen."""
+    share = shares(plan, 3)[0]
+    name = next(s.name for s in plan.shards if s.name in share.shards)
+    tensor = next(t for u in share.units for t in u.outputs if t.file == name)
+    flip(parts / f"{name}.partial", 20)  # the header: it is known
+    flip(parts / f"{name}.partial", tensor.offset)
+    code, stderr = finish(parts)
+    assert code == 1
+    assert_three_lines(stderr, f"tensor '{tensor.name}' {ALTERED}", name, "run part 1/3 again")
+    assert quantize(source, parts, "--part", "1/3") == (0, "")
+    assert finish(parts) == (0, "")
+    assert digests(parts) == reference
+
+
+def test_what_lies_between_tensors_of_a_torch_file(source: Path, tmp_path: Path) -> None:
+    out, line = tmp_path / "out", ["convert", str(source), "--to", "mistral", "--no-tokenizer", "--quiet"]
+    line += ["--weights-format", "pth", "-o"]
+    assert warm.run([*line, str(tmp_path / "whole")]).returncode == 0
+    for n in ("1/2", "2/2"):
+        assert warm.run([*line, str(out), "--part", n]).returncode == 0
+    file = out / "consolidated.00.pth.partial"
+    for offset in (1, 13, 21, 31, 134, file.stat().st_size - 5):
+        flip(file, offset)
+    assert finish(out) == (0, "")
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
 def test_a_copy_that_changed_after_a_part_was_done(form: str, source: Path, tmp_path: Path) -> None:
     out, line = tmp_path / "out", ["convert", str(source), "--to", "mistral", "--no-tokenizer", "--quiet"]

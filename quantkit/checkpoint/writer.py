@@ -51,6 +51,17 @@ def writing(path: Path) -> Iterator[None]:
         raise write_error(e, path) from None
 
 
+def missing_files(folder: Path, layouts: Iterable[FileLayout]) -> set[str]:
+    """Weight files that an earlier run has not left whole: nothing that a journal says of them holds."""
+    found = set()
+    for layout in layouts:
+        sizes = [path.stat().st_size for name in (layout.name + PARTIAL, layout.name)
+                 if (path := folder / name).is_file()]  # fmt: skip
+        if not sizes or sizes[0] < layout.nbytes:
+            found.add(layout.name)
+    return found
+
+
 class ShardWriter:
     """All weight files of one output folder. Reserves their space at once, so that a full disk shows before work does.
 
@@ -66,7 +77,6 @@ class ShardWriter:
         self.layouts = {layout.name: layout for layout in layouts}
         self._fds: dict[str, int] = {}
         self._done: set[str] = set()
-        self.fresh: set[str] = set()  # files of which no byte was kept: nothing that a journal says of them holds
         try:
             for layout in self.layouts.values():
                 self._open(layout)
@@ -91,7 +101,6 @@ class ShardWriter:
             if size > layout.nbytes:
                 os.ftruncate(fd, layout.nbytes)
             elif size < layout.nbytes:
-                self.fresh.add(layout.name)
                 if self._reserve:
                     _reserve(fd, layout.nbytes)
                 else:
@@ -106,6 +115,10 @@ class ShardWriter:
         for name in files:
             for offset, data in self.layouts[name].fixed:
                 self.write(name, offset, np.frombuffer(data, np.uint8), summed=False)
+
+    def stamp(self, file: str) -> int:
+        """When the file was written to, in nanoseconds: a later time tells that it was since."""
+        return os.fstat(self._fds[file]).st_mtime_ns
 
     @property
     def inodes(self) -> dict[str, int]:
