@@ -131,7 +131,10 @@ def check_place(
     if names and parts and part_journals(out) and _finished_hash(out) is None:
         raise without(JOB, out)
     if names and not force and _finished_hash(out) is None and not (out / FOLDER / "journal").exists():
-        raise _occupied(out, f"is not empty ({', '.join(names[:3])})")
+        what = f"is not empty ({', '.join(names[:3])})"
+        if parts:  # they may not use --force
+            raise OutputError(f"the output folder {what}", where=str(out), hint="name another -o, or empty it")
+        raise _occupied(out, what)
     if quantize is not None and not force and _finished_hash(out) is not None:
         made = read_json(out / "quantkit.json").get("recipe", {}).get("quantize") or {}
         if any(made.get(key) != value for key, value in quantize.items()):

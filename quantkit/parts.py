@@ -38,7 +38,7 @@ from quantkit.checkpoint.shared import (
 )
 from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, writing
 from quantkit.console import Console
-from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
+from quantkit.errors import InputError, Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
 from quantkit.kept import Kept
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
@@ -316,8 +316,11 @@ def job_recipe(out: Path, source: str | None) -> Recipe:
     job = _read_job(out)
     if job is None:
         raise _no_parts(out)
-    table = yaml.safe_load(job["recipe"])
-    return build_recipe({**table, "output": str(out), **({"source": source} if source else {})})
+    try:
+        table = yaml.safe_load(job["recipe"])
+        return build_recipe({**table, "output": str(out), **({"source": source} if source else {})})
+    except (InputError, yaml.YAMLError, TypeError, AttributeError):
+        raise _damaged(str(out / FOLDER / JOB)) from None
 
 
 def _no_parts(out: Path) -> OutputError:

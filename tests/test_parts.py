@@ -391,3 +391,18 @@ def test_a_nan_stops_its_part_alone(source: Path, tmp_path: Path) -> None:
     refused(quantize(bad, tmp_path / "out", "--part", "2/2"), "NaN")
     refused(cli("finish", str(tmp_path / "out")), "part 2/2 is not finished")
     assert quantize(bad, tmp_path / "out", "--part", "1/2").returncode == 0, "what is done is kept"
+
+
+def test_a_job_whose_recipe_is_none(out: Path, source: Path) -> None:
+    path = out / ".quantkit" / "job.json"
+    job = json.loads(path.read_text())
+    path.write_text(json.dumps({**job, "recipe": job["recipe"].replace("double_quant", "doUble_quant")}))
+    refused(cli("finish", str(out)), "the job's description is damaged")
+    assert "delete the folder" in cli("finish", str(out)).stderr
+
+
+def test_a_part_is_not_told_to_use_force(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.partial").write_text("somebody's")
+    done = quantize(source, tmp_path, "--part", "1/2")
+    refused(done, "is not empty")
+    assert "--force" not in done.stderr
