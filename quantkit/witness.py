@@ -13,14 +13,12 @@ from quantkit.errors import RunError
 from quantkit.kernels.sums import MODULUS, position_sum
 from quantkit.plans import Shard, Unit
 
-AGAIN = "run the same command again: it is written anew"
-
 
 class AlteredError(RunError):
     """Files hold something else than what was written to them. units: whose tensors that is; a header is nobody's."""
 
-    def __init__(self, what: str, *, units: frozenset[str], where: str, hint: str = AGAIN) -> None:
-        super().__init__(what, where=where, hint=hint)
+    def __init__(self, what: str, *, units: frozenset[str], where: str) -> None:
+        super().__init__(what, where=where, hint="run the same command again: it is written anew")
         self.units = units
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import headers_alone
 from oracle.mistral import read_weights
 from oracle.native_models import make_native, random_weights
 from round_trips import FILES, GENERATIONS, V01, Weights, config_of, convert, meta_shards, params_of, recipe_of
@@ -72,15 +72,6 @@ def test_two_runs_give_the_same_bytes(way: str, saved: Callable[[str], Path], tm
     for i, resources in enumerate([{"threads": 1}, {"threads": 2}, {"threads": 2, "max_memory": "300MiB"}]):
         outs.append(convert(source, tmp_path / str(i), to, resources=resources, **keys.get(way, {})))
     assert contents(outs[0]) == contents(outs[1]) == contents(outs[2])
-
-
-def headers_alone(source: Path, folder: Path) -> Path:
-    """The folder of the same name with its weight files cut off after their headers."""
-    shutil.copytree(source, folder)
-    for file in folder.glob("*.safetensors"):
-        with file.open("r+b") as f:
-            f.truncate(8 + struct.unpack("<Q", f.read(8))[0])
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "safetensors-shards", "megablocks", "tied", "fp8", "HF", "HF, many"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, make_tiny
+from conftest import Run, headers_alone, make_tiny
 from safetensors import safe_open
 
 import quantkit as package
@@ -50,15 +50,6 @@ def config_of(name: str) -> Path:
     if not (CONFIGS / name).is_dir():
         pytest.skip(f"{CONFIGS / name} is not there")
     return CONFIGS / name
-
-
-def cut_off(source: Path, target: Path) -> Path:
-    """A copy whose weight files end after their headers."""
-    shutil.copytree(source, target)
-    for file in target.glob("*.safetensors"):
-        with file.open("r+b") as f:
-            f.truncate(8 + struct.unpack("<Q", f.read(8))[0])
-    return target
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -160,7 +151,7 @@ def test_headers_are_enough(tiny: Tiny, tmp_path: Path) -> None:
     source = tmp_path / "whole" / "model"
     make_tiny("llama", source, max_shard_size="60kB")
     whole = make_plan(str(source))
-    headers = make_plan(str(cut_off(source, tmp_path / "cut" / "model")))
+    headers = make_plan(str(headers_alone(source, tmp_path / "cut" / "model")))
     assert len(list(source.glob("*.safetensors"))) > 1
     assert headers.units == whole.units
     assert headers.shards == whole.shards
