@@ -33,14 +33,16 @@ from quantkit.inspector import Inspection, inspect_checkpoint
 from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
 from quantkit.measurement import Measurement
 from quantkit.measuring import known_losses, measure_recipe
+from quantkit.outcome import Outcome, already_done
 from quantkit.output import was_finished
-from quantkit.parts import execute_part, finished_meanwhile, job_recipe
+from quantkit.part_folder import finished_meanwhile, job_recipe
+from quantkit.parts import execute_part
 from quantkit.parts import finish as finish_parts
 from quantkit.planner import make_plan
 from quantkit.plans import Plan
 from quantkit.recipe import Recipe, build_recipe
 from quantkit.restored import open_source
-from quantkit.runner import Outcome, already_done, execute, help_with
+from quantkit.runner import execute, help_with
 from quantkit.seal import Seal, seal
 from quantkit.sharing import Part, parse_part
 from quantkit.teamwork import own_share, signed
@@ -366,11 +368,14 @@ def compare(
     if out is not None:
         check_comparison(out)
     rows: list[Compared] = []
-    for folder, name in zip(folders, names_of(folders), strict=True):
-        place, _ = resolve(str(folder), None, quiet=console.quiet)
+    names = names_of(folders)
+    places = [resolve(str(folder), None, quiet=console.quiet)[0] for folder in folders]
+    sizes = [
+        sum(file.nbytes for file in open_checkpoint(place).files) for place in places
+    ]  # and whether all are models
+    for folder, name, place, nbytes in zip(folders, names, places, sizes, strict=True):
         options = {"against": against, "windows": windows, "length": length, "threads": threads, "device": device}
         found = evaluate(folder, text, **options, console=console)  # type: ignore[arg-type]
-        nbytes = sum(file.nbytes for file in open_checkpoint(place).files)
         rows.append(compared(place, name, nbytes, found))
         check_tokens(rows)
     found_all = side_by_side(rows)

@@ -9,9 +9,9 @@ from quantkit.console import human_bytes, table
 
 if TYPE_CHECKING:
     from quantkit.evaluation import Evaluation, TaskScore
+    from quantkit.outcome import Outcome
     from quantkit.plans import Plan
     from quantkit.push import Pushed
-    from quantkit.runner import Outcome
 
 
 def plan_text(job: Plan, forecast: Sequence[tuple[str, str]] = ()) -> str:

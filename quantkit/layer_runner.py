@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -38,12 +38,14 @@ S = TypeVar("S", bound="Stream")
 @dataclass(frozen=True)
 class LayersDone:
     """What the journal says of an earlier run: how many layers are finished, which rows were left out by then, and the
-    dtype that linears computed in; and, where each layer has its own, their sparsities."""
+    dtype that linears computed in; where each layer has its own, their sparsities; and by stream, sums of the hidden
+    states that enter the next one."""
 
     layers: int = 0
     excluded: frozenset[int] = frozenset()
     compute: str = ""
     sparsities: tuple[float, ...] = ()
+    hidden: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, entries: list[dict[str, Any]]) -> LayersDone:
@@ -52,11 +54,14 @@ class LayersDone:
         own = next((tuple(map(float, e["sparsities"])) for e in entries if "sparsities" in e), ())
         if last is None:
             return cls(sparsities=own)
-        return cls(int(last["layer"]) + 1, frozenset(last["excluded"]), last["compute"], own)
+        return cls(int(last["layer"]) + 1, frozenset(last["excluded"]), last["compute"], own, last["hidden"])
 
     def entry(self) -> dict[str, Any]:
         """The journal's."""
-        return {"layer": self.layers - 1, "excluded": sorted(self.excluded), "compute": self.compute}
+        return {
+            "layer": self.layers - 1, "excluded": sorted(self.excluded), "compute": self.compute,
+            "hidden": dict(self.hidden),
+        }  # fmt: skip
 
 
 def scratch(out: Path) -> Path:
@@ -65,15 +70,15 @@ def scratch(out: Path) -> Path:
 
 
 def can_resume(plan: Plan, out: Path, done: LayersDone) -> bool:
-    """Whether the hidden states that the next layer needs are there."""
+    """Whether the hidden states that the next layer needs are there, as they were written."""
     if plan.tokens is None:
         return True
-    from quantkit.calibration.hidden import row_bytes
+    from quantkit.calibration.hidden import sum_on_disk
 
     rows, length = plan.tokens.ids.shape
-    nbytes = rows * row_bytes(length, hidden_width(plan.config), 4)
-    files = [scratch(out) / f"{name}-{done.layers % 2}" for name in plan.streams]
-    return all(file.is_file() and file.stat().st_size == nbytes for file in files)
+    shape, used = (rows, length, hidden_width(plan.config)), [r for r in range(rows) if r not in done.excluded]
+    found = {n: sum_on_disk(scratch(out) / f"{n}-{done.layers % 2}", shape, used) for n in plan.streams}
+    return None not in found.values() and all(found[name] == wanted for name, wanted in done.hidden.items())
 
 
 class Sink(Protocol):
@@ -195,9 +200,9 @@ class LayerRun:
                         made.layer(index, self._solve)
                     else:
                         made.head(*next(iter(head.items())), self._solve)
-                    self.team.meet()  # what all have written is on disk
+                    hidden = made.sums(index + 1)  # and what all have written is on disk
                     excluded, dtype = frozenset(made.excluded), str(compute).split(".")[1]
-                    now = LayersDone(index + 1, excluded, dtype, done.sparsities)
+                    now = LayersDone(index + 1, excluded, dtype, done.sparsities, hidden)
                     self.sink.note(now.entry())
                     self.done = now
 

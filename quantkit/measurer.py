@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from quantkit.calibration.energies import Energies
     from quantkit.calibration.statistics import Statistics
+    from quantkit.calibration.stream import Stream
+    from quantkit.calibration.trials import Trials
     from quantkit.solvers.team import Team
 
 SAMPLE = 384  # outputs of a linear that stand for all of them
@@ -110,6 +113,8 @@ def _measure(job: Job, path: Path, console: Console, team: Team | None) -> Measu
             f"the measurement cannot be written: {e.strerror}", where=str(path.parent), hint="name another file"
         ) from None
     try:
+        if journal.damage:
+            console.warn(journal.damage)
         with SourceFiles(job.checkpoint.folder, job.checkpoint.files) as files:
             weights = digest_of_weights(job.checkpoint, files, [s.module for s in job.specs])
             head = {
@@ -201,7 +206,8 @@ class _Run:
         found: dict[str, dict[str, float]] = {}
         done = [e for e in entries if "layer" in e]
         kept = self.scratch / "gradients.safetensors"
-        known = kept.is_file() and any("gradients" in e for e in entries)
+        digest = next((str(e["gradients"]) for e in entries if "gradients" in e), "")
+        known = bool(digest) and kept.is_file() and sha256(kept.read_bytes()).hexdigest() == digest
         size = sum(spec.numel for spec in job.specs)
         # Weights are solved on some rows, and what that costs is looked at on others.
         first = len(ids) - len(ids) // HELD_OUT
@@ -212,8 +218,10 @@ class _Run:
                 squares = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
                     lambda index: self._passed(progress, layers[index], f"gradients, layer {index}")
                 )
-                write_file(kept, to_bytes(squares))
-                self.journal.append([{"gradients": kept.name}])
+                raw = to_bytes(squares)
+                write_file(kept, raw)
+                digest = sha256(raw).hexdigest()
+                self.journal.append([{"gradients": digest}])
             else:
                 progress.advance(2 * size)
             self.team.meet()
@@ -230,10 +238,11 @@ class _Run:
                 if self.journal is not None:
                     trials = Trials(skeleton, weights, few, layers, kinds, self.scratch, compute)
                     stack.enter_context(closing(trials))
-                    if done and not (_kept(stream, len(done)) and trials.kept(len(done))):
+                    if done and not _kept(stream, trials, done[-1]):
+                        self.console.warn("what the next layer needs is gone or altered: all layers are measured again")
                         done = []  # and nothing of them may be taken for a layer of this run
                         self.journal.start(self.journal.head or {})
-                        self.journal.append([{"gradients": kept.name}])
+                        self.journal.append([{"gradients": digest}])
                 done = self.team.tell(done)
                 for entry in done:
                     found |= entry["losses"]
@@ -262,9 +271,13 @@ class _Run:
                         return dict(seen.weights)
 
                     stream.layer(index, look)
+                    hidden = stream.sums(index + 1)
                     if trials is not None and self.journal is not None:
                         trials.layer(index)
-                        entry = {"layer": index, "losses": losses, "excluded": sorted(stream.excluded)}
+                        entry = {
+                            "layer": index, "losses": losses, "excluded": sorted(stream.excluded),
+                            "hidden": hidden, "trials": trials.sums(index + 1),
+                        }  # fmt: skip
                         self.journal.append([entry])
                     found |= losses
                     self._passed(progress, layers[index], f"losses, layer {index}")
@@ -306,10 +319,11 @@ class _Run:
             progress.unit(what, 2 * size)
 
 
-def _kept(stream: Any, layer: int) -> bool:
-    """Whether the hidden states that enter a layer are on disk."""
-    states = stream.states["quantized"][layer % 2]
-    return bool(states.path.stat().st_size == states.nbytes)
+def _kept(stream: Stream, trials: Trials, entry: Mapping[str, Any]) -> bool:
+    """Whether what the layer behind the last one that is journalled needs is on disk as it was written."""
+    layer, rows = int(entry["layer"]) + 1, [r for r in range(len(stream.ids)) if r not in entry["excluded"]]
+    own = all(stream.states[name][layer % 2].holds(rows, wanted) for name, wanted in entry["hidden"].items())
+    return own and trials.kept(layer, entry["trials"])
 
 
 def _losses(

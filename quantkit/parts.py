@@ -2,55 +2,57 @@
 
 Every part makes the same plan, takes its units of it, and writes them where they belong in files that all of them open.
 What is done is in a journal of each part's own. `finish` reads all journals, hashes what no part had whole, and makes a
-model of the folder. OUT/.quantkit holds the journals, `job.json`: which plan it is, of how many parts, from which
-source; and `files.json`: which files they write to.
+model of the folder.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from quantkit.checkpoint.header import fsync_directory
 from quantkit.checkpoint.journal import FOLDER, Journal
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.shared import (
     GONE,
     PAUSE,
     RETRIES,
-    listed,
     make_folder,
-    open_or_create,
-    read_if_there,
-    write_once,
 )
-from quantkit.checkpoint.writer import PARTIAL, ShardWriter, TrailingHash, write_error, writing
+from quantkit.checkpoint.writer import ShardWriter, TrailingHash, write_error, writing
 from quantkit.console import Console
-from quantkit.errors import InputError, Interrupted, NotFiniteError, OutputError, RunError, SourceError, UsageError
+from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, UsageError
 from quantkit.kept import Kept
 from quantkit.layouts import Checkpoint
 from quantkit.memory import HASH_BUFFER
-from quantkit.output import FILES, JOB, check_place, is_finished, part_journals, was_finished, without
+from quantkit.outcome import Outcome, outcome_of
+from quantkit.output import FILES, JOB, check_place, is_finished, was_finished, without
+from quantkit.part_folder import (
+    begin,
+    check_files,
+    check_same_job,
+    finished_meanwhile,
+    forget,
+    has_journals,
+    job_of,
+    journal_name,
+    locked,
+    no_parts,
+    read_job,
+)
 from quantkit.plans import Plan, Unit
-from quantkit.recipe import Recipe, build_recipe
-from quantkit.runner import Outcome, Run, Share, layouts, outcome_of, publish
+from quantkit.runner import Run, Share, layouts, publish
 from quantkit.sharing import Part, runs
 from quantkit.witness import AlteredError, Witness, check_unaltered, written_sums
 
 NEAR = 0.1  # of a part's cost: so far a part may begin from where it should, if a source file ends there
-PATIENCE = 600.0  # seconds
 
 
 def shares(plan: Plan, count: int) -> list[Share]:
@@ -119,6 +121,8 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         if opened is None:
             return outcome_of(out, plan, started, len(plan.units), None)
         writer, journal = opened
+        if journal.damage:
+            console.warn(journal.damage)
         kept = _unchanged(Kept.read(journal.entries), writer)
         writer.write_fixed(share.shards - kept.shards.keys())
         files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
@@ -136,7 +140,7 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
             if n not in kept.shards
         ]
         journal.append([*hashed, {"done": True}])
-    return outcome_of(out, plan, started, len(kept.reports), measured, part=share)
+    return outcome_of(out, plan, started, len(kept.reports), measured, part=share.units)
 
 
 @contextmanager
@@ -169,26 +173,26 @@ def _over(out: Path, plan: Plan, checkpoint: Checkpoint) -> bool:
 @contextmanager
 def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterator[tuple[ShardWriter, Journal] | None]:
     """The files that all parts write to, and this part's journal; None if all was finished a moment ago."""
-    job = _job(plan, checkpoint, part.count)
+    job = job_of(plan, checkpoint, part.count)
     make_folder(out / FOLDER)
     with ExitStack() as stack:
         writer = None
-        with _locked(out):
-            known = _read_job(out)
+        with locked(out):
+            known = read_job(out)
             if known is not None:
-                _same_job(known, job, out)
+                check_same_job(known, job, out)
             elif was_finished(out):
-                _forget(out)
+                forget(out)
                 if is_finished(out, plan):
                     yield None
                     return
             if known is None or not known["files"]:  # nobody has written yet
-                known, writer = _begun(plan, out, job)
+                known, writer = begin(plan, out, job)
                 stack.callback(writer.close)
-            journal = Journal(out, _name(part), f"another process has part {part}")
+            journal = Journal(out, journal_name(part), f"another process has part {part}")
             stack.callback(journal.close)
         if writer is None:
-            _check_files(plan, out, known["files"])
+            check_files(plan, out, known["files"])
             writer = ShardWriter(out, layouts(plan), shared=True)
             stack.callback(writer.close)
         if journal.head is None or journal.head.get("job") != known["id"]:  # of a job before this one
@@ -196,151 +200,14 @@ def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterat
         yield writer, journal
 
 
-def _begun(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], ShardWriter]:
-    """A new job, and its files. Journals of an earlier one have another id, and do not count. Where another part has
-    begun it, and this machine has not seen that yet, it is that one's."""
-    ours = {**job, "id": uuid.uuid4().hex}
-    begun = write_once(out / FOLDER / JOB, ours)  # without it, files are nobody's
-    _same_job(begun, job, out)
-    if begun == ours:
-        (out / FOLDER / FILES).unlink(missing_ok=True)  # of an earlier job
-    elif _has_journals(out, begun["id"]):
-        raise without(FILES, out)
-    writer = ShardWriter(out, layouts(plan), reserve=False)
-    try:
-        files = write_once(out / FOLDER / FILES, writer.inodes)
-        _check_files(plan, out, files)
-        return {**begun, "files": files}, writer
-    except BaseException:
-        writer.close()
-        raise
-
-
-def _has_journals(out: Path, job: str) -> bool:
-    """Whether parts have written for this job: they do only where files.json is there, or was."""
-    begins = b""
-    for path in part_journals(out):
-        with suppress(FileNotFoundError):
-            begins += path.read_bytes()[:200]
-    return f'"job": "{job}"'.encode() in begins
-
-
-def _check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
-    """OutputError if files are not those that the job began with: what journals say is in these would not be there."""
-    for shard in plan.shards:
-        places = [out / (shard.name + PARTIAL), out / shard.name]
-        found = next((path.stat() for path in places if path.exists()), None)
-        if found is None or found.st_size != shard.nbytes or found.st_ino != inodes.get(shard.name):
-            raise OutputError(
-                f"{shard.name} was replaced or deleted since the job began", where=str(out),
-                hint="delete the folder, and begin again; not on sshfs, where every machine numbers files anew",
-            )  # fmt: skip
-
-
-def _name(part: Part) -> str:
-    return f"part-{part.index}-of-{part.count}"
-
-
-def _job(plan: Plan, checkpoint: Checkpoint, count: int) -> dict[str, Any]:
-    source = plan.recipe.source
-    if (place := Path(source).expanduser()).exists():
-        source = str(place.resolve())
-    return {
-        "plan": plan.hash,
-        "parts": count,
-        "stamps": {f.name: list(f.stamp) for f in checkpoint.files},
-        "recipe": plan.recipe.to_yaml(source, plan.recipe.revision),
-    }
-
-
-def _same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) -> None:
-    if known["plan"] != job["plan"]:
-        raise OutputError(
-            "the output folder holds parts of another plan", where=str(out),
-            hint="use the command that they were made by, and the source as it was then, folder's name included",
-        )  # fmt: skip
-    if known["parts"] != job["parts"]:
-        raise OutputError(
-            f"this job is in {known['parts']} parts, not {job['parts']}", where=str(out),
-            hint=f"--part 1/{known['parts']} and so on, or as many ranks of torchrun, or name another -o",
-        )  # fmt: skip
-    if known["stamps"] != job["stamps"]:
-        raise SourceError(
-            "these are not the source's files that the first part read, or they have changed since", where=str(out),
-            hint="give all parts the same files, or begin in another folder",
-        )  # fmt: skip
-
-
-def _read_job(out: Path) -> dict[str, Any] | None:
-    """files: none as long as nobody has made them."""
-    path = out / FOLDER / JOB
-    try:
-        found, files = read_if_there(path), read_if_there(out / FOLDER / FILES)
-    except SourceError as e:
-        raise _damaged(e.where) from None
-    if found is None:
-        return None
-    if not {"id", "plan", "parts", "stamps", "recipe"} <= found.keys() or type(found["parts"]) is not int:
-        raise _damaged(str(path))
-    return {**found, "files": files or {}}
-
-
-def _damaged(where: str) -> OutputError:
-    return OutputError("the job's description is damaged", where=where, hint="delete the folder, and begin again")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Of all parts, one is here at a time. OutputError if that takes too long."""
-    fd = open_or_create(out / FOLDER / "lock", 0o644)
-    end = time.monotonic() + PATIENCE
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise OutputError(
-                        f"other parts have been beginning for {PATIENCE:g} seconds", where=str(out),
-                        hint="see whether one of them hangs, and start this one again",
-                    ) from None  # fmt: skip
-                time.sleep(0.02)
-        yield
-    finally:
-        os.close(fd)
-
-
-def job_recipe(out: Path, source: str | None) -> Recipe:
-    """What the parts in a folder are of, from `source` if that lies elsewhere here. OutputError if there are none."""
-    job = _read_job(out)
-    if job is None:
-        raise _no_parts(out)
-    try:
-        table = yaml.safe_load(job["recipe"])
-        return build_recipe({**table, "output": str(out), **({"source": source} if source else {})})
-    except (InputError, yaml.YAMLError, TypeError, AttributeError):
-        raise _damaged(str(out / FOLDER / JOB)) from None
-
-
-def _no_parts(out: Path) -> OutputError:
-    if not out.is_dir():
-        return OutputError("there is no such folder", where=str(out), hint="name the one that --part wrote to")
-    if part_journals(out):
-        return without(JOB, out)
-    return OutputError(
-        "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"
-    )
-
-
 def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> Outcome:
     """Makes a model of a folder whose parts are all done. Raises OutputError if it is of another plan, or a part is
     being run, or is not finished; RunError if what one wrote was altered. It can be interrupted, and run again."""
     started = time.monotonic()
-    job = _read_job(out)
+    job = read_job(out)
     if job is None:
-        raise _no_parts(out)
-    _same_job(job, _job(plan, checkpoint, job["parts"]), out)
+        raise no_parts(out)
+    check_same_job(job, job_of(plan, checkpoint, job["parts"]), out)
     parts = [Part(n + 1, job["parts"]) for n in range(job["parts"])]
     entries: list[dict[str, Any]] = []
     journals: dict[Part, Journal] = {}
@@ -349,14 +216,19 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
             own = Journal(out, "finish", "another process is finishing this folder")
         stack.callback(own.close)
         if not job["files"]:
-            raise without(FILES, out) if _has_journals(out, job["id"]) else _not_finished(parts[0], out)
-        _check_files(plan, out, job["files"])
+            raise without(FILES, out) if has_journals(out, job["id"]) else _not_finished(parts[0], out)
+        check_files(plan, out, job["files"])
         for part in parts:
-            journal = Journal(out, _name(part), f"part {part} is under way") if _begun_by(part, out) else None
+            journal = Journal(out, journal_name(part), f"part {part} is under way") if _begun_by(part, out) else None
             if journal is not None:
                 stack.callback(journal.close)
                 entries += journal.entries
                 journals[part] = journal
+            if journal is not None and journal.damage:
+                raise OutputError(
+                    f"the journal of part {part} was altered", where=str(journal.path),
+                    hint=f"run part {part} again, by the command that it was run by",
+                )  # fmt: skip
             ours = journal is not None and journal.head is not None and journal.head.get("job") == job["id"]
             if journal is None or not ours or not _is_done(journal.entries):
                 raise _not_finished(part, out)
@@ -378,8 +250,8 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                 files.check_unchanged()
             writer.commit()
             publish(plan, checkpoint, out, measured)
-        with _locked(out):
-            _forget(out)
+        with locked(out):
+            forget(out)
     return outcome_of(out, plan, started, 0, measured)
 
 
@@ -415,18 +287,6 @@ def _blamed(plan: Plan, journals: Mapping[Part, Journal]) -> Iterator[None]:
 
 def _not_finished(part: Part, out: Path) -> OutputError:
     return OutputError(f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}")
-
-
-def finished_meanwhile(out: Path) -> bool:
-    """Whether another process has finished the folder, which this machine may see a moment later. What this one has put
-    there to finish it, too, is taken away."""
-    for _ in range(5 if out.is_dir() else 0):
-        if was_finished(out):
-            if (out / FOLDER).is_dir():
-                _forget(out)
-            return True
-        time.sleep(PAUSE)
-    return False
 
 
 def _hashed(
@@ -468,16 +328,4 @@ def _hashed(
 
 
 def _begun_by(part: Part, out: Path) -> bool:
-    return (out / FOLDER / _name(part)).exists()
-
-
-def _forget(out: Path) -> None:
-    """The folder is a model: journals, and last the job that they are of, are no more needed."""
-    folder = out / FOLDER
-    # Beside these, what somebody has left who died as he wrote it.
-    beside = [folder / name for name in listed(folder) if name.startswith((f"{FILES}.", f"{JOB}."))]
-    for path in (*part_journals(out), *beside, folder / "finish", folder / FILES, folder / JOB, folder / "lock"):
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
-    fsync_directory(out)
+    return (out / FOLDER / journal_name(part)).exists()

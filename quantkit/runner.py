@@ -12,12 +12,11 @@ one pass over the source is enough: a second read would cost as much as encoding
 from __future__ import annotations
 
 import hashlib
-import resource
 import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +42,7 @@ from quantkit.layouts import Checkpoint, open_checkpoint
 from quantkit.layouts.hf import index_text
 from quantkit.memory import slab_elements
 from quantkit.methods.base import Array, Encoder, Report
+from quantkit.outcome import Outcome, outcome_of
 from quantkit.output import abandon, open_output
 from quantkit.planner import config_text, weight_map
 from quantkit.plans import CARD, COPY, GENERATED, INDEX, MANIFEST, Plan, Unit
@@ -53,23 +53,6 @@ if TYPE_CHECKING:
     from quantkit.solvers.team import Team
 
 READERS = 2  # so that the disk always has a request to work on
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run went. `reused` counts the units that an earlier, interrupted run had committed; `checked` says in words
-    what was mapped back and compared; `zeros` counts those of the pruned tensors, as they were written, and
-    `source_zeros` those that the source had there."""
-
-    out: Path
-    already_done: bool
-    seconds: float
-    peak_rss: int
-    units: int
-    reused: int
-    checked: str
-    zeros: int | None = None
-    source_zeros: int | None = None
 
 
 def execute(
@@ -91,7 +74,9 @@ def execute(
         console.warn(warning)
     again = "the same command without --force" if force else "the same command"
     try:
-        kept, layers = _left(plan, out, journal)  # before files that are gone are made anew
+        if journal.damage:
+            console.warn(journal.damage)
+        kept, layers = _left(plan, out, journal, console)  # before files that are gone are made anew
         writer = ShardWriter(out, layouts(plan))
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
@@ -124,7 +109,7 @@ def execute(
     return outcome_of(out, plan, started, len(kept.reports), measured)
 
 
-def _left(plan: Plan, out: Path, journal: Journal) -> tuple[Kept, LayersDone]:
+def _left(plan: Plan, out: Path, journal: Journal, console: Console) -> tuple[Kept, LayersDone]:
     """What an earlier run did and still holds. What holds no more is journalled: otherwise, if this run is killed, the
     next one would believe it."""
     gone = missing_files(out, layouts(plan))
@@ -135,29 +120,12 @@ def _left(plan: Plan, out: Path, journal: Journal) -> tuple[Kept, LayersDone]:
     kept = kept.without(lost)
     solved = {u.name for u in plan.units if u.calibrated and u.linear and 0 <= u.linear.layer < layers.layers}
     if layers.layers and (solved - kept.reports.keys() or not can_resume(plan, out, layers)):
+        console.warn("what the next layer needs is gone or altered: all layers are solved again")
         journal.append([LayersDone().entry()])
         layers = LayersDone(sparsities=layers.sparsities)
     # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.
     half = {u.name for u in plan.units if u.calibrated and u.linear and u.linear.layer >= layers.layers}
     return kept.without(half), layers
-
-
-def outcome_of(
-    out: Path, plan: Plan, started: float, reused: int, measured: Measured | None, *, part: Share | None = None
-) -> Outcome:
-    """measured: None if there was nothing to do."""
-    units = plan.units if part is None else part.units
-    checked = _checked(units) if plan.checked and measured is not None else ""
-    outcome = Outcome(out, measured is None, time.monotonic() - started, _peak_rss(), len(units), reused, checked)
-    if measured is None or not plan.pruned:
-        return outcome
-    reports = [measured.reports[u.name] for u in units if u.pruned]
-    zeros, before = sum(r.zeros for r in reports), sum(r.source_zeros for r in reports)
-    return replace(outcome, zeros=zeros, source_zeros=before)
-
-
-def already_done(out: Path) -> Outcome:
-    return Outcome(out, True, 0.0, _peak_rss(), 0, 0, "")
 
 
 def layouts(plan: Plan) -> list[FileLayout]:
@@ -171,22 +139,6 @@ class Share:
     units: tuple[Unit, ...]
     sources: frozenset[str]
     shards: frozenset[str]
-
-
-def _checked(units: Iterable[Unit]) -> str:
-    copied = [u for u in units if u.linear is None and not u.cast]
-    decoded = sum(u.source.scales is not None for u in copied)
-    same = f"{len(copied) - decoded:,} tensors mapped back, each equal to the source bit for bit"
-    return same + (f"; {decoded:,} from FP8 equal to what was decoded" if decoded else "")
-
-
-def _peak_rss() -> int:
-    """Most RAM that this process had. Not ru_maxrss where it can be helped: that begins with what our parent had."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 _Slab = tuple[list[Array], Array]  # the bytes of each run, and the buffer that holds them

@@ -77,6 +77,15 @@ def headers_alone(source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """transformers without progress bars."""
+    from eval_models import quiet_transformers
+
+    with quiet_transformers():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny("llama") → the folder of that model, bf16. Read only: shared by all tests."""

@@ -280,6 +280,69 @@ def test_a_layer_that_was_solved_is_solved_again(
     assert digests(out) == reference
 
 
+@pytest.mark.parametrize("stream", ["quantized", "full"])
+def test_hidden_states_that_changed(
+    stream: str,
+    calibrated: tuple[Path, dict[str, Any], dict[str, str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As all layers behind them would be other ones, nothing is made of them."""
+    source, recipe, reference = calibrated
+    out = tmp_path / "out"
+    interrupted(source, out, recipe, 2)
+    flip(out / ".quantkit" / "hidden" / f"{stream}-0", 4 * 1001 + 3)
+    quantkit.quantize(str(source), out, recipe)
+    assert digests(out) == reference
+    assert "altered: all layers are solved again" in capsys.readouterr().err
+
+
+def test_hidden_states_that_did_not_change(
+    calibrated: tuple[Path, dict[str, Any], dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are gone on with, and those of the layer before are nobody's concern."""
+    source, recipe, reference = calibrated
+    out = tmp_path / "out"
+    interrupted(source, out, recipe, 2)
+    flip(out / ".quantkit" / "hidden" / "quantized-1", 4 * 1001 + 3)
+    noted: list[Any] = []
+    note = Written.note
+    monkeypatch.setattr(Written, "note", lambda self, entry: (noted.append(entry), note(self, entry))[1])
+    quantkit.quantize(str(source), out, recipe)
+    assert [entry["layer"] for entry in noted] == [2]
+    assert digests(out) == reference
+
+
+def altered_digit(journal: Path, key: bytes) -> None:
+    """In the first line that has the key, as an error of a unit, or the SHA-256 of a file."""
+    raw = journal.read_bytes()
+    place = next(n for n in range(raw.index(key) + len(key), len(raw)) if raw[n : n + 1] in b"0123456789")
+    journal.write_bytes(raw[:place] + (b"7" if raw[place : place + 1] != b"7" else b"8") + raw[place + 1 :])
+
+
+def test_a_journal_that_changed(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    """An error of a tensor would get into manifest and card."""
+    out = tmp_path / "out"
+    killed(source, out)
+    altered_digit(out / ".quantkit" / "journal", b'"report": ')
+    code, stderr = quantize(source, out)
+    assert (code, stderr.count("\n")) == (0, 1)
+    assert "warning: " in stderr
+    assert "journal is not as it was written; what it no longer speaks of is done again" in stderr
+    assert digests(out) == reference
+
+
+@pytest.mark.parametrize("key", [b'"report": ', b'"sha256": '])
+def test_a_journal_of_a_part_that_changed(key: bytes, parts: Path, source: Path, reference: dict[str, str]) -> None:
+    altered_digit(parts / ".quantkit" / "part-2-of-3", key)
+    code, stderr = finish(parts)
+    assert code == 2
+    assert_three_lines(stderr, "the journal of part 2/3 was altered", "run part 2/3 again")
+    assert quantize(source, parts, "--part", "2/3") == (0, "")
+    assert finish(parts) == (0, "")
+    assert digests(parts) == reference
+
+
 DIES = """
 import os
 from quantkit.cli import main

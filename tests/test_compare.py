@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 import quantkit
 from quantkit import api
 from quantkit.comparer import Compared, Comparisons, comparison_markdown, side_by_side
-from quantkit.errors import OutputError, UsageError
+from quantkit.errors import OutputError, SourceError, UsageError
 
 TABLES = {
     "int8": {"bits": 8}, "nf4": {"bits": 4}, "rtn2": {"method": "rtn", "bits": 2, "group_size": 32},
@@ -95,6 +95,12 @@ def test_what_cannot_be_compared(work: Path, tmp_path: Path) -> None:
         tokenizer.save(str(other / "tokenizer.json"))
         with pytest.raises(UsageError, match="other tokens of this text"):
             api.compare([work / "int8", other], str(work / "text.txt"), windows=2, length=16)
+
+
+def test_all_folders_are_looked_at_before_one_is_evaluated(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "evaluate", lambda *_, **__: pytest.fail("hours, for nothing"))
+    with pytest.raises(SourceError, match=r"no folder .*nf5"):
+        compare(work, "int8", "nf5")
 
 
 def test_files(work: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,8 @@ from quantkit.evaluation import Evaluation
 from quantkit.layouts import open_checkpoint
 from quantkit.restored import RestoredWeights, open_files
 
+pytestmark = pytest.mark.usefixtures("quiet")
 WINDOWS, LENGTH = 5, 32
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture(scope="module")

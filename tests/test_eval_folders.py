@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,8 @@ from quantkit.errors import QuantkitError
 from quantkit.layouts import open_checkpoint
 from quantkit.restored import RestoredWeights, open_files
 
+pytestmark = pytest.mark.usefixtures("quiet")
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture(scope="module")

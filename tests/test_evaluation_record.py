@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import warm
-from eval_models import build, quiet_transformers, text_of
+from eval_models import build, text_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,13 +26,8 @@ from quantkit.evaluation_record import read_record
 from quantkit.gates import Gates
 from quantkit.seal import seal
 
+pytestmark = pytest.mark.usefixtures("quiet")
 OPTIONS: dict[str, Any] = {"windows": 4, "length": 32}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture

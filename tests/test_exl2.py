@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import warm
-from eval_models import quiet_transformers
 from mixed_models import TEXT, build, manifest
 from mixed_models import exl2_recipe as recipe
 from oracle import exl2 as oracle
@@ -25,11 +23,7 @@ from quantkit.errors import NotFiniteError, QuantkitError
 from quantkit.layouts import open_checkpoint
 from quantkit.restored import RestoredWeights, open_files
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import warm
-from eval_models import quiet_transformers
 from mixed_models import build, manifest
 from mixed_models import exl2_recipe as recipe
 from safetensors.torch import load_file, save_file
@@ -28,11 +28,7 @@ from quantkit.measuring import expected_losses
 from quantkit.methods.exl2 import Exl2
 from quantkit.recipe import build_recipe
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +86,24 @@ def test_interrupted_while_measuring(tmp_path: Path) -> None:
     assert not (tmp_path / "m.json.work").exists()
 
 
-def test_measuring_begins_anew_without_its_hidden_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def remove(hidden: Path) -> None:
+    for file in hidden.glob("quantized-*"):
+        file.unlink()
+
+
+def alter(name: str, hidden: Path) -> None:
+    file = hidden / name
+    raw = bytearray(file.read_bytes())
+    raw[4 * 777 + 3] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "lose", [remove, partial(alter, "quantized-1"), partial(alter, "trial-2-1")], ids=["gone", "altered", "a trial's"]
+)
+def test_measuring_begins_anew_without_its_hidden_states(
+    lose: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what it measures until it is interrupted again is not taken for more layers than it was."""
     from quantkit.calibration.trials import Trials
 
@@ -112,12 +125,30 @@ def test_measuring_begins_anew_without_its_hidden_states(tmp_path: Path, monkeyp
             api.measure(source, tmp_path / "m.json", recipe(source))
         assert asked == done
         if stop == 3:
-            for file in hidden.glob("quantized-*"):
-                file.unlink()
+            lose(hidden)
     stop = -1
     asked.clear()
     api.measure(source, tmp_path / "m.json", recipe(source))
     assert asked == [1, 2, 3]
+    assert (tmp_path / "m.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_gradients_that_changed_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantkit.calibration.trials import Trials
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    source = build(tmp_path / "source", num_hidden_layers=2)
+    api.measure(source, tmp_path / "whole.json", recipe(source))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trials, "layer", stop)
+        with pytest.raises(Interrupted):
+            api.measure(source, tmp_path / "m.json", recipe(source))
+    file = tmp_path / "m.json.work" / ".quantkit" / "hidden" / "gradients.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 64]) + raw[-2:])
+    api.measure(source, tmp_path / "m.json", recipe(source))
     assert (tmp_path / "m.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 

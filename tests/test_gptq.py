@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 import warm
-from eval_models import KINDS, quiet_transformers
+from eval_models import KINDS
 from eval_models import build as build_model
 from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.errors import QuantkitError, RunError, SourceError
 
+pytestmark = pytest.mark.usefixtures("quiet")
 TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
 
 
@@ -48,12 +48,6 @@ def recipe(source: Path, *, bits: int = 4, samples: int = 8, length: int = 64, *
 def manifest(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "quantkit.json").read_text())
     return found
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ PACKAGE = Path(quantkit.__file__).parent
 LAYERS = (
     {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_recipe", "cli_text"},
     {"api", "measuring", "doctor", "forecast", "preview", "push", "rates"},
-    {"folder_card", "comparer", "seal", "verifier", "parts", "teamwork"},
+    {"folder_card", "comparer", "seal", "verifier", "parts", "part_folder", "teamwork"},
     {"evaluation_record"},
     {
         "runner",
@@ -31,7 +31,7 @@ LAYERS = (
         "loading",
         "measurer",
     },
-    {"sparsity", "equality"},
+    {"sparsity", "equality", "outcome"},
     {"layer_runner", "restored", "foreign", "packed"},
     {"encoding"},
     {"committer", "planner"},

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from eval_models import quiet_transformers
 from mixed_models import make, manifest
 from mixed_models import recipe as recipe_of
 
@@ -21,15 +19,11 @@ from quantkit.methods import bnb_4bit, bnb_mixed
 from quantkit.methods.base import WeightSpec
 from quantkit.restored import RestoredWeights, open_files
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 
 def recipe(source: Path, bits: float, **quantize: Any) -> dict[str, Any]:
     return recipe_of(source, "bnb", bits, **quantize)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture(scope="module")

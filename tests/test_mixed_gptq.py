@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from eval_models import quiet_transformers
 from mixed_models import make, manifest
 from mixed_models import recipe as recipe_of
 
@@ -22,17 +20,12 @@ from quantkit.methods import gptq_mixed
 from quantkit.methods.base import WeightSpec
 from quantkit.restored import RestoredWeights, open_files
 
+pytestmark = pytest.mark.usefixtures("quiet")
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def recipe(source: Path, bits: float, **quantize: Any) -> dict[str, Any]:
     return recipe_of(source, "gptq", bits, **quantize)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -194,10 +194,10 @@ def test_duplicate(source: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_hangs(out: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantkit import parts
+    from quantkit import part_folder
     from quantkit.errors import OutputError
 
-    monkeypatch.setattr(parts, "PATIENCE", 0.1)
+    monkeypatch.setattr(part_folder, "PATIENCE", 0.1)
     with (out / ".quantkit" / "lock").open() as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="beginning for"):

@@ -4,14 +4,13 @@ whatever the threads and after an interruption."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import warm
-from eval_models import KINDS, quiet_transformers
+from eval_models import KINDS
 from mixed_models import TEXT, build
 from oracle import wanda_model
 from prune_runs import pruned_names, recipe, run, weights
@@ -21,11 +20,7 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit.errors import QuantkitError
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,13 @@ import numpy as np
 import pytest
 import torch
 import warm
-from eval_models import quiet_transformers
 from mixed_models import build
 from prune_runs import recipe, run, weights
 from safetensors.torch import load_file, save_file
 
 import quantkit
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with quiet_transformers():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def test_inspect_counts_what_is_there(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _length(calibration: Calibration, context: int | None) -> int:
     if context is not None and length > context:
         raise RecipeError(
             f"calibration.length is {length:,}, and the model's context ends at {context:,} tokens",
-            hint=f"set calibration.length to {context} or less",
+            hint=f"take rows of so many: --calib-length {context}, or calibration.length in the recipe",
         )
     return length
 

@@ -6,10 +6,12 @@ Where a GPU has room for them, rows lie there, too; those that nobody needs afte
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from quantkit.calibration.room import Room
@@ -17,6 +19,7 @@ from quantkit.checkpoint.shared import by_the_byte, forget_pages, open_or_create
 from quantkit.checkpoint.system import PAGE, sync_data
 from quantkit.checkpoint.writer import writing
 from quantkit.errors import RunError
+from quantkit.kernels.sums import MODULUS, position_sum
 from quantkit.solvers.team import Team
 
 
@@ -25,7 +28,7 @@ class HiddenStates:
 
     A row may be written in another shape, with fewer tokens (those that an expert got): it is read in that shape, as
     long as the object lives. room: for rows on a GPU, of one process alone. lasting: whether they are to be in the file
-    all the same.
+    all the same, for a run that takes up this one; such rows are summed.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class HiddenStates:
         self.row_bytes = row_bytes(length, width, dtype.itemsize)
         self.room, self.lasting = room, lasting
         self._shapes: dict[int, torch.Size] = {}
+        self._sums: dict[int, int] = {}
         self._there: dict[int, torch.Tensor] = {}  # rows on the GPU
         self._open()
 
@@ -101,6 +105,8 @@ class HiddenStates:
 
     def _write(self, hidden: torch.Tensor, offset: int) -> None:
         view = _bytes(hidden.detach().to("cpu", self.dtype).contiguous())
+        if self.lasting:
+            self._sums[offset // self.row_bytes] = position_sum(np.frombuffer(view, np.uint8), offset)
         with writing(self.path):
             while view:
                 n = os.pwrite(self._fd, view, offset)
@@ -116,6 +122,15 @@ class HiddenStates:
                     hint="nobody else may write there; run the same command again",
                 )  # fmt: skip
             view, offset = view[n:], offset + n
+
+    def sum_of(self, rows: Iterable[int]) -> int | None:
+        """Of what was written of rows, behind `sync`; None if one was not written. `sum_on_disk` must find the same."""
+        sums = [self._sums.get(row) for row in rows]
+        return None if None in sums else sum(n for n in sums if n is not None) % MODULUS
+
+    def holds(self, rows: Iterable[int], wanted: int | None) -> bool:
+        """Whether rows are in the file as they were written, of which `sum_of` gave `wanted`."""
+        return wanted is not None and sum_on_disk(self.path, self.shape, rows) == wanted
 
     def share(self, team: Team) -> None:
         """What each has written can be read by all. To be called by all."""
@@ -162,6 +177,21 @@ class HiddenStates:
             fd, self._fd = self._fd, -1
             with writing(self.path):
                 os.close(fd)
+
+
+def sum_on_disk(path: Path, shape: tuple[int, int, int], rows: Iterable[int]) -> int | None:
+    """The position sum of some rows of a file of float32 [rows, length, width]; None if it is not as long as that."""
+    count, length, width = shape
+    step, buffer, total = row_bytes(length, width, 4), np.empty(length * width * 4, np.uint8), 0
+    with suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != count * step:
+            return None
+        for row in rows:
+            if os.preadv(file.fileno(), [buffer.data], row * step) != buffer.size:
+                return None
+            total += position_sum(buffer, row * step)
+        return total % MODULUS
+    return None
 
 
 def row_bytes(length: int, width: int, itemsize: int) -> int:

@@ -26,6 +26,7 @@ from quantkit.calibration.rows import Group, Passes, Routing
 from quantkit.calibration.skeleton import Call, Skeleton, Weights
 from quantkit.calibration.statistics import Row, Statistics
 from quantkit.errors import RunError
+from quantkit.kernels.sums import MODULUS
 from quantkit.solvers.team import ALONE, Team
 
 HELD_OUT = 8
@@ -83,6 +84,17 @@ class Stream:
                         states[0].write(i, row)
                 for states in self.states.values():
                     states[0].share(self.team)
+
+    def sums(self, layer: int) -> dict[str, int]:
+        """By stream, of the hidden states that enter a layer, what `sum_on_disk` must find of all rows that go there.
+        Without those of another run's, and behind a last layer that nobody asks for more. To be called by all."""
+        own = {name: states[layer % 2].sum_of(self.mine) for name, states in self.states.items()}
+        each = self.team.gather(own)
+        return {
+            name: sum(n or 0 for n in theirs) % MODULUS
+            for name in own
+            if None not in (theirs := [sums[name] for sums in each])
+        }
 
     @property
     def rows(self) -> list[int]:

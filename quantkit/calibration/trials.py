@@ -53,7 +53,7 @@ class Trials:
         names = [_PLAIN, *dict.fromkeys(kinds.values())]
         shape = (*ids.shape, hidden_width(skeleton))
         self.states = {
-            kind: [HiddenStates(folder / f"trial-{number}-{i}", *shape) for i in (0, 1)]
+            kind: [HiddenStates(folder / f"trial-{number}-{i}", *shape, lasting=True) for i in (0, 1)]
             for number, kind in enumerate(names)
         }
         self.calls: list[Call] = []
@@ -71,10 +71,13 @@ class Trials:
         raw = torch.from_numpy(np.fromfile(path, np.uint8))
         return raw.view(self.compute).reshape(shape).to(self.skeleton.device)
 
-    def kept(self, layer: int) -> bool:
-        """Whether the hidden states that enter a layer are on disk."""
-        files = [states[layer % 2] for states in self.states.values()]
-        return all(file.path.stat().st_size == file.nbytes for file in files)
+    def sums(self, layer: int) -> dict[str, int | None]:
+        """By kind, of the hidden states that enter a layer, which this has written."""
+        return {kind: states[layer % 2].sum_of(range(len(self.ids))) for kind, states in self.states.items()}
+
+    def kept(self, layer: int, sums: Mapping[str, int | None]) -> bool:
+        """Whether the hidden states that enter a layer are on disk as they were written."""
+        return all(states[layer % 2].holds(range(len(self.ids)), sums[kind]) for kind, states in self.states.items())
 
     def begin(self, layer: int) -> None:
         """Prepares for a layer; for the first one, by embedding the text."""

@@ -1,7 +1,8 @@
 """The journal of an unfinished run: which units are safely on disk, and what was measured of them.
 
-One JSON object a line. The first line binds the run to its plan; a line that was torn by a crash is dropped, and its
-unit is done again. The file is locked while a run writes to it.
+A line is the CRC-32 of a JSON object, in hexadecimal, and that. The first binds the run to its plan. From one that was
+torn by a crash, or altered, nothing counts any more, and is done again: a digit of a SHA-256 or of an error would get
+into manifest and card. The file is locked while a run writes to it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import json
 import os
 import threading
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +27,8 @@ FOLDER = ".quantkit"
 
 
 class Journal:
-    """Appends to OUT/.quantkit/NAME. `entries` holds what an earlier run left, first line excluded. writer: who else
-    has it, if it is locked."""
+    """Appends to OUT/.quantkit/NAME. `entries` holds what an earlier run left, first line excluded; `damage`: words
+    of warning, if whole lines of that do not count. writer: who else has it, if it is locked."""
 
     def __init__(self, out: Path, name: str = "journal", writer: str = "another run is writing to this folder") -> None:
         self.path = out / FOLDER / name
@@ -55,14 +57,14 @@ class Journal:
         raw = self.path.read_bytes()
         good, position = [], 0
         while (end := raw.find(b"\n", position)) >= 0:
-            try:
-                entry = json.loads(raw[position:end])
-            except ValueError:
-                break
-            if not isinstance(entry, dict):
+            if (entry := _read(raw[position:end])) is None:
                 break
             good.append(entry)
             position = end + 1
+        damaged = b"\n" in raw[position:]
+        self.damage = (
+            f"{self.path} is not as it was written; what it no longer speaks of is done again" if damaged else ""
+        )
         if position < len(raw):
             os.ftruncate(self._fd, position)
         self._size = position
@@ -78,7 +80,7 @@ class Journal:
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Durable on return; RunError if the disk is full, or if somebody else wrote to the journal, on a filesystem
         that only seems to lock. The caller has synced the data that the entries speak of."""
-        raw = b"".join(json.dumps(e).encode() + b"\n" for e in entries)
+        raw = b"".join(map(_line, entries))
         view = memoryview(raw)
         try:
             with self._lock:
@@ -106,3 +108,17 @@ class Journal:
         self.close()
         with suppress(OSError):  # a run that started this moment may hold a journal of its own there
             self.path.parent.rmdir()
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    raw = json.dumps(entry).encode()
+    return b"%08x %s\n" % (zlib.crc32(raw), raw)
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """None for one that is not as it was written."""
+    crc, _, raw = line.partition(b" ")
+    if crc != b"%08x" % zlib.crc32(raw):
+        return None
+    entry: dict[str, Any] = json.loads(raw)
+    return entry

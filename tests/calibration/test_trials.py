@@ -31,13 +31,15 @@ def test_divergences_are_those_of_whole_models(tmp_path: Path) -> None:
             weight = model.get_submodule(name).weight.detach()
             others[name] = weight + 0.1 * torch.randn(weight.shape, generator=generator) * weight.std()
         with closing(Trials(*made.parts, ids, layers, kinds, scratch, torch.float32)) as trials:
-            assert not trials.kept(1)
+            assert not trials.kept(1, dict.fromkeys(trials.states, 0))
             trials.begin(0)
             for index, layer in enumerate(layers):
                 for name in layer:
                     trials.keep(name, others[name])
                 trials.layer(index)
-                assert trials.kept(index + 1)
+                sums = trials.sums(index + 1)
+                assert None not in sums.values()
+                assert trials.kept(index + 1, sums)
             found = trials.divergences()
 
     def predicted() -> torch.Tensor:
