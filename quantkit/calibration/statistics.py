@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -67,7 +68,7 @@ class Statistics:
             add_product(self._mixed, wanted.float(), inputs, self.team)
         for name, cross in self.cross.items():
             assert wanted is not None
-            add_product(cross, linear(wanted, self.ready[name]).float(), inputs, self.team)
+            _add(cross, partial(_outputs, self.ready[name], wanted), inputs, self.team)
 
     def _triangle(self) -> tuple[list[slice], list[int]]:
         """The Hessian's rows in runs, of which what is on and below the diagonal is added up, and who adds them."""
@@ -138,9 +139,18 @@ class Statistics:
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, team: Team = ALONE) -> None:
     """total += aᵀ·b; with a team, this process's part of it, until `exchange_product`."""
+    _add(total, lambda rows: a[:, rows], b, team)
+
+
+def _outputs(weight: torch.Tensor, x: torch.Tensor, rows: slice) -> torch.Tensor:
+    return linear(x, weight[rows])
+
+
+def _add(total: torch.Tensor, columns: Callable[[slice], torch.Tensor], b: torch.Tensor, team: Team) -> None:
+    """The same of the matrix a that has these columns. Of a team, nobody computes those that others add up."""
 
     def some(rows: slice) -> None:
-        total[rows].addmm_(a[:, rows].T.float(), b)
+        total[rows].addmm_(columns(rows).T.float(), b)
 
     in_threads(some, team.mine(*_shared(total, team)), total.device)
 
