@@ -71,7 +71,8 @@ def scratch(out: Path) -> Path:
 
 def can_resume(plan: Plan, out: Path, done: LayersDone) -> bool:
     """Whether the hidden states that the next layer needs are there, as they were written."""
-    if plan.tokens is None:
+    left = any(u.calibrated and u.linear is not None and u.linear.layer >= done.layers for u in plan.units)
+    if plan.tokens is None or not left:
         return True
     from quantkit.calibration.hidden import sum_on_disk
 
@@ -193,6 +194,7 @@ class LayerRun:
             with closing(made):
                 made.excluded = set(done.excluded)
                 made.begin(done.layers)
+                made.check(done.layers, done.hidden)
                 for index in range(done.layers, len(layers) + len(head)):
                     if isinstance(made, NormStream):
                         made.norms(index, self._encode, in_attention)

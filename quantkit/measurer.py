@@ -24,7 +24,7 @@ from quantkit.checkpoint.reader import SourceFiles, not_finite
 from quantkit.checkpoint.system import cores
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, Progress
-from quantkit.errors import Interrupted, NotFiniteError, OutputError
+from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError
 from quantkit.layer_memory import SHORT, SHORT_ROWS, TRIAL_ROWS
 from quantkit.layouts import Checkpoint
 from quantkit.measurement import FORMAT, ROWS, LinearLosses, Measurement, digest_of_weights
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantkit.calibration.energies import Energies
+    from quantkit.calibration.sensitivity import Squares
     from quantkit.calibration.statistics import Statistics
     from quantkit.calibration.stream import Stream
     from quantkit.calibration.trials import Trials
@@ -180,7 +181,7 @@ class _Run:
         """Losses by module and mix; by kind of linear, how many times what was expected was measured."""
         import torch
 
-        from quantkit.calibration.energies import Energies, read_squares, to_bytes
+        from quantkit.calibration.energies import Energies, to_bytes
         from quantkit.calibration.layers import Linear as Streamed
         from quantkit.calibration.sensitivity import Sensitivity
         from quantkit.calibration.skeleton import Skeleton
@@ -206,7 +207,7 @@ class _Run:
         found: dict[str, dict[str, float]] = {}
         done = [e for e in entries if "layer" in e]
         kept = self.scratch / "gradients.safetensors"
-        digest = next((str(e["gradients"]) for e in entries if "gradients" in e), "")
+        digest = next((str(e["gradients"]) for e in reversed(entries) if "gradients" in e), "")
         known = bool(digest) and kept.is_file() and sha256(kept.read_bytes()).hexdigest() == digest
         size = sum(spec.numel for spec in job.specs)
         # Weights are solved on some rows, and what that costs is looked at on others.
@@ -218,14 +219,15 @@ class _Run:
                 squares = Sensitivity(skeleton, weights, short, layers, self.scratch, compute).run(
                     lambda index: self._passed(progress, layers[index], f"gradients, layer {index}")
                 )
-                raw = to_bytes(squares)
-                write_file(kept, raw)
+                write_file(kept, raw := to_bytes(squares))
+                if done and digest != sha256(raw).hexdigest():  # layers were measured by others
+                    done = []
+                    self.journal.start(self.journal.head or {})
                 digest = sha256(raw).hexdigest()
                 self.journal.append([{"gradients": digest}])
             else:
                 progress.advance(2 * size)
-            self.team.meet()
-            gradients = read_squares(kept)
+            gradients = self._gradients(kept, self.team.tell(digest))
             kinds = {x.module: kind_of(x.module, x.layer) for x in job.linears if x.layer >= 0}
             few = held_out[:TRIAL_ROWS, :SHORT]
             with (
@@ -252,6 +254,7 @@ class _Run:
                 stream.apart = frozenset(range(first, len(ids)))
                 stream.watch = energies.add
                 stream.begin(len(done))
+                stream.check(len(done), done[-1]["hidden"] if done else {})
                 if trials is not None:
                     trials.begin(len(done))
                 for index in range(len(done), len(layers)):
@@ -283,6 +286,17 @@ class _Run:
                     self._passed(progress, layers[index], f"losses, layer {index}")
                 measured = self.team.tell({} if trials is None else trials.divergences())
         return self._corrected(found, kinds, measured)
+
+    def _gradients(self, path: Path, digest: str) -> Mapping[str, Squares]:
+        """What the leader wrote. RunError if this machine sees something else."""
+        from quantkit.calibration.energies import read_squares
+
+        if sha256(raw := path.read_bytes()).hexdigest() != digest:
+            raise RunError(
+                f"{path.name} is not what was written", where=str(path.parent),
+                hint="wait until all machines see the same files, and run the same command again",
+            )  # fmt: skip
+        return read_squares(raw)
 
     def _corrected(
         self, found: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str], measured: Mapping[str, float]

@@ -50,6 +50,11 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
         ) from None
     head = {"plan": plan.hash, "stamps": {f.name: list(f.stamp) for f in checkpoint.files}}
     try:
+        if journal.head is None and journal.damage and not force:
+            raise OutputError(
+                "the first line of an unfinished run's journal, which says of what plan it is, was altered",
+                where=str(journal.path), hint="discard what it did with --force, or name another -o",
+            )  # fmt: skip
         if journal.head is not None and not force:
             if journal.head.get("plan") != plan.hash:
                 raise OutputError(

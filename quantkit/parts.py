@@ -215,6 +215,8 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
         with writing(out / FOLDER / "finish"):
             own = Journal(out, "finish", "another process is finishing this folder")
         stack.callback(own.close)
+        if own.damage:
+            console.warn(own.damage)
         if not job["files"]:
             raise without(FILES, out) if has_journals(out, job["id"]) else _not_finished(parts[0], out)
         check_files(plan, out, job["files"])

@@ -74,7 +74,7 @@ def execute(
         console.warn(warning)
     again = "the same command without --force" if force else "the same command"
     try:
-        if journal.damage:
+        if journal.damage and not force:
             console.warn(journal.damage)
         kept, layers = _left(plan, out, journal, console)  # before files that are gone are made anew
         writer = ShardWriter(out, layouts(plan))

@@ -16,6 +16,8 @@ from eval_models import text_of
 from resuming import OPTIONS, assert_three_lines, at, digests, lines, make_source
 
 import quantkit
+from quantkit import runner
+from quantkit.checkpoint.journal import Journal
 from quantkit.errors import Interrupted, QuantkitError
 from quantkit.layer_runner import Written
 from quantkit.parts import shares
@@ -335,12 +337,57 @@ def test_a_journal_that_changed(source: Path, reference: dict[str, str], tmp_pat
 @pytest.mark.parametrize("key", [b'"report": ', b'"sha256": '])
 def test_a_journal_of_a_part_that_changed(key: bytes, parts: Path, source: Path, reference: dict[str, str]) -> None:
     altered_digit(parts / ".quantkit" / "part-2-of-3", key)
-    code, stderr = finish(parts)
-    assert code == 2
-    assert_three_lines(stderr, "the journal of part 2/3 was altered", "run part 2/3 again")
-    assert quantize(source, parts, "--part", "2/3") == (0, "")
+    for _ in range(2):  # it looks, and changes nothing
+        code, stderr = finish(parts)
+        assert code == 2
+        assert_three_lines(stderr, "the journal of part 2/3 was altered", "run part 2/3 again")
+    code, stderr = quantize(source, parts, "--part", "2/3")
+    assert (code, stderr.count("warning: ")) == (0, 1)
     assert finish(parts) == (0, "")
     assert digests(parts) == reference
+
+
+def test_whose_a_journal_is_was_altered(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    """Then it may be another plan's: nobody takes the folder over unasked."""
+    out = tmp_path / "out"
+    killed(source, out)
+    altered_digit(out / ".quantkit" / "journal", b'"plan": ')
+    before = digests(out)
+    for more in ((), ("--quant-type", "fp4")):
+        code, stderr = quantize(source, out, *more)
+        assert code == 2
+        assert_three_lines(stderr, "the first line of an unfinished run's journal", str(out), "--force")
+        assert digests(out) == before
+    assert quantize(source, out, "--force") == (0, "")
+    assert digests(out) == reference
+
+
+@pytest.mark.parametrize("when", ["before it is published", "with all but the journal gone"])
+def test_stopped_behind_the_last_layer(
+    when: str,
+    calibrated: tuple[Path, dict[str, Any], dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nobody needs hidden states any more."""
+    source, recipe, reference = calibrated
+    out = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((runner, "publish", stop) if when == "before it is published" else (Journal, "remove", stop)))
+        with pytest.raises(Interrupted):
+            quantkit.quantize(str(source), out, recipe)
+    for file in (out / ".quantkit").glob("hidden/*"):
+        flip(file, 3)
+    capsys.readouterr()
+    monkeypatch.setattr(Written, "note", stop)
+    quantkit.quantize(str(source), out, recipe)
+    assert digests(out) == reference
+    assert "again" not in capsys.readouterr().err
 
 
 DIES = """

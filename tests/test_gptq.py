@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.errors import QuantkitError, RunError, SourceError
+from quantkit.layer_runner import LayerRun, Written
 
 pytestmark = pytest.mark.usefixtures("quiet")
 TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
@@ -170,7 +171,6 @@ def test_interrupted_in_a_later_layer(tmp_path: Path, lost: str) -> None:
     in any case."""
     source = build(tmp_path / "source", num_hidden_layers=4)
     quantkit.quantize(str(source), tmp_path / "whole", recipe(source))
-    from quantkit.layer_runner import LayerRun
 
     groups: list[tuple[str, ...]] = []
     stop_after = 10  # of the 16 groups: within the third layer
@@ -245,6 +245,34 @@ def test_rows_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     quantkit.quantize(str(source), tmp_path / "out", recipe(source, samples=20))
     assert manifest(tmp_path / "out")["calibration"]["excluded"] == 1
     assert not quantkit.verify(tmp_path / "out", source=str(source)).problems
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_taken_up_with_a_row_left_out(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What lies in its place is of another layer, or nothing: it is no row that the next one needs."""
+    source = build(tmp_path / "source", kind, num_hidden_layers=3)
+    (source / "calib.txt").write_text(TEXT[:320] + "~" + TEXT[:2000])
+    poison(source, "~")
+    table = recipe(source, samples=20)
+    quantkit.quantize(str(source), tmp_path / "whole", table)
+    assert manifest(tmp_path / "whole")["calibration"]["excluded"] == 1
+    note, left = Written.note, [2]
+
+    def stop(self: Written, entry: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        note(self, entry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Written, "note", stop)
+        with pytest.raises(QuantkitError, match="interrupted"):
+            quantkit.quantize(str(source), tmp_path / "out", table)
+    capsys.readouterr()
+    quantkit.quantize(str(source), tmp_path / "out", table)
+    assert "again" not in capsys.readouterr().err
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert same[0] == same[1]
 
 
 def test_too_many_rows_that_are_not_finite(tmp_path: Path) -> None:

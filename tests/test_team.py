@@ -67,7 +67,7 @@ def together(work: Path, size: int, *words: str) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
-def by_rank(work: Path, *lines: list[str]) -> list[subprocess.CompletedProcess[str]]:
+def started_by_rank(work: Path, *lines: list[str]) -> list[warm.Process]:
     """Ranks of one team, each with words of its own, as if every one ran on another machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,6 +77,11 @@ def by_rank(work: Path, *lines: list[str]) -> list[subprocess.CompletedProcess[s
         team = {"RANK": str(rank), "WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env = {**os.environ, **team, "OMP_NUM_THREADS": "1"}
         found.append(warm.start(words, cwd=work, env=env, torch=True))
+    return found
+
+
+def by_rank(work: Path, *lines: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    found = started_by_rank(work, *lines)
     said = [process.communicate(timeout=120) for process in found]
     return [subprocess.CompletedProcess("", p.wait(), *s) for p, s in zip(found, said, strict=True)]
 
@@ -176,6 +181,27 @@ def layers(out: Path) -> int:
         return 0
 
 
+def test_one_goes_on_where_two_were(work: Path) -> None:
+    """What these wrote, each a part of the hidden states, is what one must find; and the other way round."""
+    build(work / "tall", num_hidden_layers=12)
+    alone(work, *line("gptq", "tall", "tall-alone"))
+    words, out = line("gptq", "tall", "tall-team"), work / "tall-team"
+    for size in (2, 1):
+        team = started_by_rank(work, *[words] * size) if size > 1 else [warm.start(words, cwd=work, torch=True)]
+        wanted = layers(out) + 2
+        while layers(out) < wanted:
+            assert team[0].poll() is None
+            time.sleep(0.005)
+        for process in team:
+            process.send_signal(signal.SIGKILL)
+        said = [process.communicate(timeout=60)[1] for process in team]
+        assert not any("solved again" in stderr for stderr in said), said
+    team = by_rank(work, *[words] * 3)
+    assert [process.returncode for process in team] == [0] * 3, team
+    assert not any("solved again" in process.stderr for process in team)
+    assert digests(out) == digests(work / "tall-alone")
+
+
 @pytest.mark.slow
 def test_ranks_that_die(work: Path) -> None:
     """Twenty times one is killed in some layer, the leader as well as others; the next try has another number of
@@ -193,8 +219,9 @@ def test_ranks_that_die(work: Path) -> None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         os.kill(rng.choice(ranks(process)), signal.SIGKILL)
-        process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=120)
         assert process.returncode != 0
+        assert "solved again" not in stderr
         reached.append(layers(work / "kills-many"))
     assert reached == sorted(reached)
     assert reached[-1] > 0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from quantkit.calibration.rows import Group
 from quantkit.calibration.sensitivity import Squares
@@ -22,8 +21,9 @@ def to_bytes(squares: Mapping[str, Squares]) -> bytes:
     return save(tensors | {name + _TOKENS: own.tokens for name, own in squares.items() if own.tokens is not None})
 
 
-def read_squares(path: Path) -> dict[str, Squares]:
-    tensors = load_file(path)
+def read_squares(raw: bytes) -> dict[str, Squares]:
+    """Of what `to_bytes` made."""
+    tensors = load(raw)
     names = [name.removesuffix(_OUTPUTS) for name in tensors if name.endswith(_OUTPUTS)]
     return {name: Squares(tensors[name + _OUTPUTS], tensors.get(name + _TOKENS)) for name in names}
 

@@ -113,15 +113,13 @@ class HiddenStates:
                 view, offset = view[n:], offset + n
 
     def _read(self, hidden: torch.Tensor, offset: int) -> None:
-        view = _bytes(hidden)
-        while view:
-            n = os.preadv(self._fd, [view], offset)
-            if n == 0:
-                raise RunError(
-                    f"{self.path.name} became shorter while it was read", where=str(self.path.parent),
-                    hint="nobody else may write there; run the same command again",
-                )  # fmt: skip
-            view, offset = view[n:], offset + n
+        try:
+            _fill(self._fd, _bytes(hidden), offset)
+        except EOFError:
+            raise RunError(
+                f"{self.path.name} became shorter while it was read", where=str(self.path.parent),
+                hint="nobody else may write there; run the same command again",
+            ) from None  # fmt: skip
 
     def sum_of(self, rows: Iterable[int]) -> int | None:
         """Of what was written of rows, behind `sync`; None if one was not written. `sum_on_disk` must find the same."""
@@ -183,15 +181,24 @@ def sum_on_disk(path: Path, shape: tuple[int, int, int], rows: Iterable[int]) ->
     """The position sum of some rows of a file of float32 [rows, length, width]; None if it is not as long as that."""
     count, length, width = shape
     step, buffer, total = row_bytes(length, width, 4), np.empty(length * width * 4, np.uint8), 0
-    with suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+    with suppress(OSError, EOFError), path.open("rb", buffering=0) as file:  # what cannot be read is not there
+        forget_pages(file.fileno())
         if os.fstat(file.fileno()).st_size != count * step:
             return None
         for row in rows:
-            if os.preadv(file.fileno(), [buffer.data], row * step) != buffer.size:
-                return None
+            _fill(file.fileno(), buffer.data, row * step)
             total += position_sum(buffer, row * step)
         return total % MODULUS
     return None
+
+
+def _fill(fd: int, view: memoryview, offset: int) -> None:
+    """From a file's `offset` on; EOFError if it ends before."""
+    while view:
+        n = os.preadv(fd, [view], offset)
+        if n == 0:
+            raise EOFError
+        view, offset = view[n:], offset + n
 
 
 def row_bytes(length: int, width: int, itemsize: int) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from quantkit.calibration.experts import Routed, old_sums, through_expert
-from quantkit.calibration.hidden import HiddenStates
+from quantkit.calibration.hidden import HiddenStates, sum_on_disk
 from quantkit.calibration.layers import Experts, Layer, Linear, Source, hidden_width, loaded_but_experts
 from quantkit.calibration.room import Room
 from quantkit.calibration.rows import Group, Passes, Routing
@@ -82,19 +82,33 @@ class Stream:
                 for i, row in enumerate(hidden):
                     for states in self.states.values() if i in self.mine else ():
                         states[0].write(i, row)
-                for states in self.states.values():
-                    states[0].share(self.team)
+            for states in self.states.values():
+                states[layer % 2].share(self.team)
 
     def sums(self, layer: int) -> dict[str, int]:
         """By stream, of the hidden states that enter a layer, what `sum_on_disk` must find of all rows that go there.
         Without those of another run's, and behind a last layer that nobody asks for more. To be called by all."""
-        own = {name: states[layer % 2].sum_of(self.mine) for name, states in self.states.items()}
-        each = self.team.gather(own)
-        return {
-            name: sum(n or 0 for n in theirs) % MODULUS
-            for name in own
-            if None not in (theirs := [sums[name] for sums in each])
-        }
+        return self._of_all({name: states[layer % 2].sum_of(self.mine) for name, states in self.states.items()})
+
+    def check(self, layer: int, sums: Mapping[str, int]) -> None:
+        """RunError if rows that enter a layer are not, where their process sees them, what `sums` gave. To be called by
+        all; alone, one has looked before."""
+        if self.team.alone or not sums:
+            return
+        files = {name: self.states[name][layer % 2] for name in sums}
+        if self._of_all({name: sum_on_disk(file.path, file.shape, self.mine) for name, file in files.items()}) != sums:
+            error = RunError(
+                "not all processes see the hidden states as they were written", where=str(self.folder),
+                hint="wait until all machines see the same files, and run the same command again",
+            )  # fmt: skip
+            error.said = not self.team.leads
+            raise error
+
+    def _of_all(self, own: Mapping[str, int | None]) -> dict[str, int]:
+        """Of all processes together; without those that one does not have."""
+        each = self.team.gather(dict(own))
+        every = {name: [sums[name] for sums in each] for name in own}
+        return {name: sum(n or 0 for n in sums) % MODULUS for name, sums in every.items() if None not in sums}
 
     @property
     def rows(self) -> list[int]:

@@ -2,7 +2,8 @@
 
 A line is the CRC-32 of a JSON object, in hexadecimal, and that. The first binds the run to its plan. From one that was
 torn by a crash, or altered, nothing counts any more, and is done again: a digit of a SHA-256 or of an error would get
-into manifest and card. The file is locked while a run writes to it.
+into manifest and card. It stays in the file until something is appended: who only looks, changes nothing. The file is
+locked while a run writes to it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.shared import make_folder, open_or_create
+from quantkit.checkpoint.shared import forget_pages, make_folder, open_or_create
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
 from quantkit.errors import OutputError, RunError
@@ -54,6 +55,7 @@ class Journal:
         self.head: dict[str, Any] | None = head
 
     def _load(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        forget_pages(self._fd)
         raw = self.path.read_bytes()
         good, position = [], 0
         while (end := raw.find(b"\n", position)) >= 0:
@@ -65,15 +67,13 @@ class Journal:
         self.damage = (
             f"{self.path} is not as it was written; what it no longer speaks of is done again" if damaged else ""
         )
-        if position < len(raw):
-            os.ftruncate(self._fd, position)
-        self._size = position
+        self._size, self._good = len(raw), position
         return (good[0], good[1:]) if good else (None, [])
 
     def start(self, head: dict[str, Any]) -> None:
         """Begins anew: forgets what was there, writes the first line."""
         os.ftruncate(self._fd, 0)
-        self._size = 0
+        self._size = self._good = 0
         self.head, self.entries = head, []
         self.append([head])
 
@@ -90,9 +90,11 @@ class Journal:
                         where=str(self.path),
                         hint="start one of them only",
                     )
+                if self._good < self._size:
+                    os.ftruncate(self._fd, self._good)
                 while view:
                     view = view[os.write(self._fd, view) :]
-                self._size += len(raw)
+                self._size = self._good = self._good + len(raw)
                 sync_data(self._fd)
         except OSError as e:
             raise write_error(e, self.path) from None
@@ -120,5 +122,8 @@ def _read(line: bytes) -> dict[str, Any] | None:
     crc, _, raw = line.partition(b" ")
     if crc != b"%08x" % zlib.crc32(raw):
         return None
-    entry: dict[str, Any] = json.loads(raw)
-    return entry
+    try:
+        entry = json.loads(raw)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
