@@ -8,13 +8,17 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import warm
 
 from quantkit.checkpoint.header import TensorSpec, build_header
+from quantkit.errors import Interrupted
+from quantkit.layer_runner import Written
 from quantkit.layouts.hf import index_text
 
 HIDDEN, FEED_FORWARD, KEY_VALUE, VOCABULARY, LAYERS = 1024, 3584, 256, 4000, 4
@@ -86,6 +90,22 @@ def at(process: warm.Process, out: Path, moment: Moment, what: signal.Signals) -
         time.sleep(0.0005)
     if process.poll() is None:
         process.send_signal(what)
+
+
+def interrupted(run: Callable[[], object], noted: int) -> None:
+    """Runs something with a text, and interrupts it where it would note that another layer than so many is finished."""
+    note, left = Written.note, [noted]
+
+    def stop(self: Written, entry: Mapping[str, Any]) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        note(self, entry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Written, "note", stop)
+        with pytest.raises(Interrupted):
+            run()
 
 
 def journal_lines(out: Path) -> int:

@@ -13,7 +13,7 @@ import pytest
 import warm
 from conftest import make_tiny
 from eval_models import text_of
-from resuming import OPTIONS, assert_three_lines, at, digests, lines, make_source
+from resuming import OPTIONS, assert_three_lines, at, digests, interrupted, lines, make_source
 
 import quantkit
 from quantkit import runner
@@ -243,22 +243,6 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return source, recipe, digests(folder / "reference")
 
 
-def interrupted(source: Path, out: Path, recipe: dict[str, Any], noted: int) -> None:
-    """A run that is interrupted where it would note that one more layer is finished."""
-    note, left = Written.note, [noted]
-
-    def stop(self: Written, entry: Any) -> None:
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        note(self, entry)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Written, "note", stop)
-        with pytest.raises(Interrupted):
-            quantkit.quantize(str(source), out, recipe)
-
-
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("again", ["at once", "and is interrupted"])
 def test_a_layer_that_was_solved_is_solved_again(
@@ -268,7 +252,7 @@ def test_a_layer_that_was_solved_is_solved_again(
     when states of the last run are overwritten already, and its journal still speaks of them."""
     source, recipe, reference = calibrated
     out = tmp_path / "out"
-    interrupted(source, out, recipe, 2)
+    interrupted(lambda: quantkit.quantize(str(source), out, recipe), 2)
     name = f"model.layers.{layer}.mlp.up_proj.weight"
     unit = next(u for u in quantkit.plan(str(source), recipe).units if u.name == name)
     flip(out / f"{unit.outputs[0].file}.partial", unit.outputs[0].offset)
@@ -277,7 +261,7 @@ def test_a_layer_that_was_solved_is_solved_again(
     assert stop.value.exit_code == 1
     assert "all layers are solved anew" in stop.value.hint
     if again == "and is interrupted":
-        interrupted(source, out, recipe, 0)
+        interrupted(lambda: quantkit.quantize(str(source), out, recipe), 0)
     quantkit.quantize(str(source), out, recipe)
     assert digests(out) == reference
 
@@ -292,7 +276,7 @@ def test_hidden_states_that_changed(
     """As all layers behind them would be other ones, nothing is made of them."""
     source, recipe, reference = calibrated
     out = tmp_path / "out"
-    interrupted(source, out, recipe, 2)
+    interrupted(lambda: quantkit.quantize(str(source), out, recipe), 2)
     flip(out / ".quantkit" / "hidden" / f"{stream}-0", 4 * 1001 + 3)
     quantkit.quantize(str(source), out, recipe)
     assert digests(out) == reference
@@ -305,7 +289,7 @@ def test_hidden_states_that_did_not_change(
     """They are gone on with, and those of the layer before are nobody's concern."""
     source, recipe, reference = calibrated
     out = tmp_path / "out"
-    interrupted(source, out, recipe, 2)
+    interrupted(lambda: quantkit.quantize(str(source), out, recipe), 2)
     flip(out / ".quantkit" / "hidden" / "quantized-1", 4 * 1001 + 3)
     noted: list[Any] = []
     note = Written.note

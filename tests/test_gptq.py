@@ -18,11 +18,12 @@ import torch
 import warm
 from eval_models import KINDS
 from eval_models import build as build_model
+from resuming import interrupted
 from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.errors import QuantkitError, RunError, SourceError
-from quantkit.layer_runner import LayerRun, Written
+from quantkit.layer_runner import LayerRun
 
 pytestmark = pytest.mark.usefixtures("quiet")
 TEXT = " ".join(f"{a} {b} of the {c}." for a in ("red", "old", "far") for b in "abcdefgh" for c in range(60))
@@ -256,18 +257,7 @@ def test_taken_up_with_a_row_left_out(tmp_path: Path, kind: str, capsys: pytest.
     table = recipe(source, samples=20)
     quantkit.quantize(str(source), tmp_path / "whole", table)
     assert manifest(tmp_path / "whole")["calibration"]["excluded"] == 1
-    note, left = Written.note, [2]
-
-    def stop(self: Written, entry: Any) -> None:
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        note(self, entry)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Written, "note", stop)
-        with pytest.raises(QuantkitError, match="interrupted"):
-            quantkit.quantize(str(source), tmp_path / "out", table)
+    interrupted(lambda: quantkit.quantize(str(source), tmp_path / "out", table), 2)
     capsys.readouterr()
     quantkit.quantize(str(source), tmp_path / "out", table)
     assert "again" not in capsys.readouterr().err

@@ -19,7 +19,7 @@ import pytest
 import torch
 from eval_models import build, quiet_transformers
 from pretend_gpu import Held, pretend_gpu
-from resuming import digests
+from resuming import digests, interrupted
 
 import quantkit
 from quantkit import api, evaluation_model
@@ -142,7 +142,9 @@ def test_more(work: Path, tmp_path: Path, gpu: Held, name: str) -> None:
     same_as_without(work, tmp_path, gpu, *SLOW[name], 0.35 if measured else 0.01)
 
 
-def test_states_on_the_gpu_change_nothing(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_on_the_gpu_change_nothing(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With room for all of them, for some, and for none."""
     made = {}
     pruned = {"prune": {"sparsity": 0.5}}
@@ -155,8 +157,15 @@ def test_states_on_the_gpu_change_nothing(work: Path, tmp_path: Path, monkeypatc
             run_recipe(build_recipe(job(work, "mixtral", pruned, tmp_path / name, "cuda")))
             made[name] = held.peak
         assert held.left() == 0
+    with pretend_gpu(monkeypatch, planned.at_work + MARGIN + 4 * row):
+        again = build_recipe(job(work, "mixtral", pruned, tmp_path / "again", "cuda"))
+        interrupted(lambda: run_recipe(again), 1)
+        capsys.readouterr()
+        run_recipe(again)  # it knows them again that lay on the GPU, and those that did not
+    assert "solved again" not in capsys.readouterr().err
     assert made["all"] > made["some"] > made["none"]
     assert digests(tmp_path / "all") == digests(tmp_path / "some") == digests(tmp_path / "none")
+    assert digests(tmp_path / "again") == digests(tmp_path / "none")
 
 
 RANK = """
