@@ -359,6 +359,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (QuantkitError, click.ClickException, KeyboardInterrupt, OSError, RuntimeError, MemoryError) as e:
         if (error := _error_of(e)) is None:
             raise
+        # torchrun stops who is left of a team. Nothing is to be stopped any more, and torch would say so at length.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if isinstance(e, OSError) and e.filename is None:
             sys.stdout = None  # it may be what failed, and the interpreter would try once more
         error.where = error.where or " ".join(["quantkit", *arguments[:1]])  # of options that do not go together, say
@@ -367,4 +369,5 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         elif not isinstance(error, Interrupted):
             _linger()
         sys.exit(error.exit_code)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(0)

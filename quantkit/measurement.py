@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,6 +26,7 @@ from quantkit.patterns import select
 from quantkit.solvers.allocation import BudgetError, Option, allocate
 
 FORMAT = 1
+DIGEST = "sha256"  # of the rest of a file
 ROWS = 24  # of calibration text that are looked at, at the most; a third of them is held out
 PROBE = 4096  # elements at either end of a weight that tell it from another
 
@@ -64,7 +66,13 @@ class Measurement(_Table):
         return {module: linear.losses for module, linear in self.linears.items()}
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n").encode()
+        """As a file keeps it, with a digest: a digit that changes later would be other bits for some linear."""
+        table = self.model_dump()
+        return (json.dumps({**table, DIGEST: _digest(table)}, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _digest(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
 
 def read_measurement(path: Path) -> Measurement:
@@ -76,7 +84,11 @@ def read_measurement(path: Path) -> Measurement:
             f"the measurement cannot be read: {e.strerror}", where=str(path), hint="`quantkit measure` writes one"
         ) from None
     try:
-        found = Measurement.model_validate_json(raw)
+        table = json.loads(raw)
+        digest = table.pop(DIGEST, "") if isinstance(table, dict) else ""
+        found = Measurement.model_validate_json(json.dumps(table))
+        if digest != _digest(table):
+            raise ValueError("it was altered since it was written")
         if found.format != FORMAT:
             raise ValueError(f"its format is {found.format}, this version knows {FORMAT}")
         for linear in found.linears.values():
@@ -87,8 +99,9 @@ def read_measurement(path: Path) -> Measurement:
         why = str(e).partition("\n")[0]
         if isinstance(e, ValidationError):
             (first, *_) = e.errors()
-            broken = first["type"] == "json_invalid"
-            why = "it is no JSON" if broken else f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            why = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].lower())))
+        elif isinstance(e, UnicodeDecodeError | json.JSONDecodeError):
+            why = "it is no JSON"
         raise UsageError(
             f"this is no measurement that can be used: {why}", where=str(path), hint="measure again"
         ) from None

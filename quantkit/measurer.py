@@ -241,7 +241,9 @@ class _Run:
                     trials = Trials(skeleton, weights, few, layers, kinds, self.scratch, compute)
                     stack.enter_context(closing(trials))
                     if done and not _kept(stream, trials, done[-1]):
-                        self.console.warn("what the next layer needs is gone or altered: all layers are measured again")
+                        self.console.warn(
+                            "hidden states of the unfinished run are gone or altered: all layers are measured again"
+                        )
                         done = []  # and nothing of them may be taken for a layer of this run
                         self.journal.start(self.journal.head or {})
                         self.journal.append([{"gradients": digest}])

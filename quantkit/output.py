@@ -50,9 +50,10 @@ def open_output(out: Path, plan: Plan, checkpoint: Checkpoint, *, force: bool) -
         ) from None
     head = {"plan": plan.hash, "stamps": {f.name: list(f.stamp) for f in checkpoint.files}}
     try:
-        if journal.head is None and journal.damage and not force:
+        begun = any(name.endswith(PARTIALS) for name in names)  # which no run has before its journal's first line
+        if journal.head is None and (journal.damage or begun) and not force:
             raise OutputError(
-                "the first line of an unfinished run's journal, which says of what plan it is, was altered",
+                "the first line of an unfinished run's journal, which says of what plan it is, is gone or altered",
                 where=str(journal.path), hint="discard what it did with --force, or name another -o",
             )  # fmt: skip
         if journal.head is not None and not force:

@@ -7,9 +7,11 @@ OUT/.quantkit holds a journal of each part, `job.json`: which plan it is, of how
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,9 +57,20 @@ def read_job(out: Path) -> dict[str, Any] | None:
         raise _damaged(e.where) from None
     if found is None:
         return None
-    if not {"id", "plan", "parts", "stamps", "recipe"} <= found.keys() or type(found["parts"]) is not int:
+    return {**_whole(found, path), "files": {} if files is None else _whole(files, out / FOLDER / FILES)}
+
+
+def _summed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """With a checksum: an altered digit would send parts away for what they have not done."""
+    return {**content, "crc": zlib.crc32(json.dumps(content).encode())}
+
+
+def _whole(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Without it. OutputError if it is not what `_summed` gave."""
+    content = {key: value for key, value in found.items() if key != "crc"}
+    if found != _summed(content):
         raise _damaged(str(path))
-    return {**found, "files": files or {}}
+    return content
 
 
 def _damaged(where: str) -> OutputError:
@@ -132,7 +145,7 @@ def begin(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], S
     """A new job, and its files. Journals of an earlier one have another id, and do not count. Where another part has
     begun it, and this machine has not seen that yet, it is that one's."""
     ours = {**job, "id": uuid.uuid4().hex}
-    begun = write_once(out / FOLDER / JOB, ours)  # without it, files are nobody's
+    begun = _whole(write_once(out / FOLDER / JOB, _summed(ours)), out / FOLDER / JOB)  # without it, files are nobody's
     check_same_job(begun, job, out)
     if begun == ours:
         (out / FOLDER / FILES).unlink(missing_ok=True)  # of an earlier job
@@ -140,7 +153,7 @@ def begin(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], S
         raise without(FILES, out)
     writer = ShardWriter(out, layouts(plan), reserve=False)
     try:
-        files = write_once(out / FOLDER / FILES, writer.inodes)
+        files = _whole(write_once(out / FOLDER / FILES, _summed(writer.inodes)), out / FOLDER / FILES)
         check_files(plan, out, files)
         return {**begun, "files": files}, writer
     except BaseException:

@@ -30,7 +30,15 @@ from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.reader import SourceFiles, not_finite, runs_buffer, safe_path
 from quantkit.checkpoint.system import PAGE, page_buffer
 from quantkit.checkpoint.views import SourceTensor, same_bytes
-from quantkit.checkpoint.writer import FileLayout, ShardWriter, copy_file, missing_files, write_error, write_file
+from quantkit.checkpoint.writer import (
+    PARTIAL,
+    FileLayout,
+    ShardWriter,
+    copy_file,
+    missing_files,
+    write_error,
+    write_file,
+)
 from quantkit.committer import Committer, Seal, SourceHashes
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, RunError, SourceError
@@ -117,10 +125,14 @@ def _left(plan: Plan, out: Path, journal: Journal, console: Console) -> tuple[Ke
     lost = {u.name for u in plan.units if any(t.file in gone for t in u.outputs)} & kept.reports.keys()
     if lost:
         journal.append({"altered": name} for name in sorted(lost))
+        file = next(t.file for u in plan.units if u.name in lost for t in u.outputs if t.file in gone)
+        console.warn(f"{file}{PARTIAL} is gone, or of another size: what was in it is done again")
     kept = kept.without(lost)
     solved = {u.name for u in plan.units if u.calibrated and u.linear and 0 <= u.linear.layer < layers.layers}
-    if layers.layers and (solved - kept.reports.keys() or not can_resume(plan, out, layers)):
-        console.warn("what the next layer needs is gone or altered: all layers are solved again")
+    missing = solved - kept.reports.keys()
+    if layers.layers and (missing or not can_resume(plan, out, layers)):
+        what = "weights that were solved are" if missing else f"the hidden states behind layer {layers.layers - 1} are"
+        console.warn(f"{what} gone or altered: all layers are solved again")
         journal.append([LayersDone().entry()])
         layers = LayersDone(sparsities=layers.sparsities)
     # Tensors of a layer that is not finished are solved again: what follows in the layer needs them.

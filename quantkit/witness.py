@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quantkit.checkpoint.writer import PARTIAL
 from quantkit.errors import RunError
 from quantkit.kernels.sums import MODULUS, position_sum
 from quantkit.plans import Shard, Unit
@@ -82,5 +83,7 @@ def check_unaltered(witnesses: Iterable[Witness], units: Mapping[str, str]) -> N
         what += f" and {more:,} more are not on disk as they were written"
     else:
         what += " is not on disk as it was written"
+    if not path.exists():
+        path = path.with_name(path.name + PARTIAL)
     altered = frozenset(units[tensor] for tensor, _ in found if tensor is not None)
     raise AlteredError(what, units=altered, where=str(path))

@@ -3,6 +3,7 @@ changed meanwhile never gets into a finished folder; whoever wrote it writes it 
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -331,6 +332,18 @@ def test_a_journal_of_a_part_that_changed(key: bytes, parts: Path, source: Path,
     assert digests(parts) == reference
 
 
+@pytest.mark.parametrize("file", ["job.json", "files.json"])
+def test_what_a_job_is_was_altered(file: str, parts: Path, source: Path, plan: Plan, tmp_path: Path) -> None:
+    """Whatever digit or letter it is, it is said, and not what would follow from it."""
+    path = parts / ".quantkit" / file
+    raw = path.read_bytes()
+    for place in range(3, len(raw), len(raw) // 12):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        for code, stderr in (finish(parts), quantize(source, parts, "--part", "1/3")):
+            assert code == 2
+            assert_three_lines(stderr, "the job's description is damaged", file, "delete the folder")
+
+
 def test_whose_a_journal_is_was_altered(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
     """Then it may be another plan's: nobody takes the folder over unasked."""
     out = tmp_path / "out"
@@ -342,6 +355,9 @@ def test_whose_a_journal_is_was_altered(source: Path, reference: dict[str, str],
         assert code == 2
         assert_three_lines(stderr, "the first line of an unfinished run's journal", str(out), "--force")
         assert digests(out) == before
+    for size in (30, 0):  # a crash tears no line that was written before there were files
+        os.truncate(out / ".quantkit" / "journal", size)
+        assert quantize(source, out)[0] == 2
     assert quantize(source, out, "--force") == (0, "")
     assert digests(out) == reference
 

@@ -172,13 +172,12 @@ def test_the_number_of_threads_changes_nothing(job: Job, tmp_path: Path) -> None
     assert digests(tmp_path / "out") == job.reference
 
 
-@pytest.mark.parametrize("cut", [-7, 30], ids=["last line", "first line"])
-def test_torn_journal(cut: int, jobs: Callable[[str], Job], tmp_path: Path) -> None:
+def test_torn_journal(jobs: Callable[[str], Job], tmp_path: Path) -> None:
     """Of a torch file it also keeps the CRC-32s."""
     job, out = jobs("hf to pth"), tmp_path / "out"
     stop_at(job, out, lines(8), signal.SIGKILL)
     journal = out / ".quantkit" / "journal"
-    journal.write_bytes(journal.read_bytes()[:cut])
+    journal.write_bytes(journal.read_bytes()[:-7])
     assert_finished(job, out)
     assert_sound(out)
 

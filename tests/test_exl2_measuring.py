@@ -3,7 +3,6 @@ within the memory that was said."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import quantkit
 from quantkit import api
 from quantkit.errors import Interrupted, QuantkitError
-from quantkit.measurement import Measurement
+from quantkit.measurement import Measurement, read_measurement
 from quantkit.measuring import expected_losses
 from quantkit.methods.exl2 import Exl2
 from quantkit.recipe import build_recipe
@@ -56,7 +55,7 @@ def test_the_same_measurement_serves_again_and_makes_the_same(made: tuple[Path, 
 
 def test_more_bits_are_never_expected_to_lose_more(made: tuple[Path, Path]) -> None:
     _, out = made
-    found = Measurement.model_validate_json(Path(str(out) + ".measurement.json").read_text())
+    found = read_measurement(Path(str(out) + ".measurement.json"))
     curve = list(expected_losses(found, build_recipe({"source": "", "quantize": {"method": "exl2"}})).values())
     assert curve == sorted(curve, reverse=True)
     assert len(curve) >= 4
@@ -170,7 +169,7 @@ def test_a_stale_measurement_beside_the_output_is_made_again(made: tuple[Path, P
     table = recipe(source)
     table["calibration"]["samples"] = 7
     quantkit.quantize(source, tmp_path / "out", table)
-    assert Measurement.model_validate_json(beside.read_text()).rows == 7
+    assert read_measurement(beside).rows == 7
 
 
 def test_a_measurement_of_another_model_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -182,10 +181,15 @@ def test_a_measurement_of_another_model_is_refused(made: tuple[Path, Path], tmp_
     taller = build(tmp_path / "taller", num_hidden_layers=3)
     with pytest.raises(QuantkitError, match=r"it knows nothing of model\.layers\.2"):
         quantkit.plan(taller, recipe(taller, measurement=str(measured)))
-    table = json.loads(measured.read_text())
+    table = read_measurement(measured).model_dump()
     table["linears"]["model.layers.0.mlp.up_proj"]["losses"]["4_32"] = -1.0
-    for text, words in (("{}", "format: field required"), ("[", "it is no JSON"), (json.dumps(table), "a loss is")):
-        (tmp_path / "bad.json").write_text(text)
+    impossible, digit = Measurement.model_validate(table).to_bytes(), measured.read_bytes().index(b"e-0")
+    altered = measured.read_bytes()[:digit] + b"e-1" + measured.read_bytes()[digit + 3 :]
+    for raw, words in (
+        (b"{}", "format: field required"), (b"[", "it is no JSON"), (b"\xff", "it is no JSON"), (b"[]", "used: input should be"),
+        (impossible, "a loss is"), (altered, "it was altered since it was written"),
+    ):  # fmt: skip
+        (tmp_path / "bad.json").write_bytes(raw)
         with pytest.raises(QuantkitError, match=words):
             quantkit.plan(source, recipe(source, measurement=str(tmp_path / "bad.json")))
 

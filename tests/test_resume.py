@@ -183,12 +183,11 @@ def test_finished_folder_is_left_alone(source: Path, reference: dict[str, str], 
     assert json.loads(finish(source, out, "--json").stdout)["already_done"] is True
 
 
-@pytest.mark.parametrize("cut", [-7, 30], ids=["last line", "first line"])
-def test_torn_journal(cut: int, source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+def test_torn_journal(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_at(source, out, lines(8), signal.SIGKILL)
     journal = out / ".quantkit" / "journal"
-    journal.write_bytes(journal.read_bytes()[:cut])
+    journal.write_bytes(journal.read_bytes()[:-7])
     assert_finished(source, out, reference)
 
 
