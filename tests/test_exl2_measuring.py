@@ -186,7 +186,7 @@ def test_a_measurement_of_another_model_is_refused(made: tuple[Path, Path], tmp_
     impossible, digit = Measurement.model_validate(table).to_bytes(), measured.read_bytes().index(b"e-0")
     altered = measured.read_bytes()[:digit] + b"e-1" + measured.read_bytes()[digit + 3 :]
     for raw, words in (
-        (b"{}", "format: field required"), (b"[", "it is no JSON"), (b"\xff", "it is no JSON"), (b"[]", "used: input should be"),
+        (b"{}", "format: field required"), (b"[]", "used: input should be"), (b"[", "no JSON"), (b"\xff", "no JSON"),
         (impossible, "a loss is"), (altered, "it was altered since it was written"),
     ):  # fmt: skip
         (tmp_path / "bad.json").write_bytes(raw)
