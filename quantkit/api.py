@@ -370,9 +370,8 @@ def compare(
     rows: list[Compared] = []
     names = names_of(folders)
     places = [resolve(str(folder), None, quiet=console.quiet)[0] for folder in folders]
-    sizes = [
-        sum(file.nbytes for file in open_checkpoint(place).files) for place in places
-    ]  # and whether all are models
+    # Of all, before one is evaluated: that takes long, and another may be no model.
+    sizes = [sum(file.nbytes for file in open_checkpoint(place).files) for place in places]
     for folder, name, place, nbytes in zip(folders, names, places, sizes, strict=True):
         options = {"against": against, "windows": windows, "length": length, "threads": threads, "device": device}
         found = evaluate(folder, text, **options, console=console)  # type: ignore[arg-type]

@@ -183,6 +183,7 @@ def check_files(plan: Plan, out: Path, inodes: Mapping[str, int]) -> None:
 
 
 def journal_name(part: Part) -> str:
+    """Of a part's own, in OUT/.quantkit."""
     return f"part-{part.index}-of-{part.count}"
 
 
