@@ -1,19 +1,15 @@
 """One job shared out to several processes, on one machine or on many that see the same folder.
 
 Every part makes the same plan, takes its units of it, and writes them where they belong in files that all of them open.
-What is done is in a journal of each part's own. `finish` reads all journals, hashes what no part had whole, and makes a
-model of the folder.
+What is done is in a journal of each part's own. `finish` reads all journals and makes a model of the folder.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,12 +22,11 @@ from quantkit.checkpoint.shared import (
     RETRIES,
     make_folder,
 )
-from quantkit.checkpoint.writer import ShardWriter, TrailingHash, write_error, writing
+from quantkit.checkpoint.writer import ShardWriter, write_error, writing
 from quantkit.console import Console
 from quantkit.errors import Interrupted, NotFiniteError, OutputError, RunError, UsageError
 from quantkit.kept import Kept
 from quantkit.layouts import Checkpoint
-from quantkit.memory import HASH_BUFFER
 from quantkit.outcome import Outcome, outcome_of
 from quantkit.output import FILES, JOB, check_place, is_finished, was_finished, without
 from quantkit.part_folder import (
@@ -47,10 +42,11 @@ from quantkit.part_folder import (
     no_parts,
     read_job,
 )
+from quantkit.part_hashes import hash_completed, hash_files, is_done, unchanged
 from quantkit.plans import Plan, Unit
 from quantkit.runner import Run, Share, layouts, publish
 from quantkit.sharing import Part, runs
-from quantkit.witness import AlteredError, Witness, check_unaltered, written_sums
+from quantkit.witness import AlteredError, check_unaltered
 
 NEAR = 0.1  # of a part's cost: so far a part may begin from where it should, if a source file ends there
 
@@ -110,7 +106,8 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         return outcome_of(out, plan, started, len(plan.units), None)
     for warning in plan.warnings:
         console.warn(warning)
-    share = shares(plan, part.count)[part.index - 1]
+    every = shares(plan, part.count)
+    share = every[part.index - 1]
     with _kept_if_it_breaks_off(out), ExitStack() as stack:
         try:
             opened = stack.enter_context(_opened(plan, checkpoint, out, part))
@@ -120,10 +117,10 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
             opened = None
         if opened is None:
             return outcome_of(out, plan, started, len(plan.units), None)
-        writer, journal = opened
+        writer, journal, job = opened
         if journal.damage:
             console.warn(journal.damage)
-        kept = _unchanged(Kept.read(journal.entries), writer)
+        kept = unchanged(Kept.read(journal.entries), writer)
         writer.write_fixed(share.shards - kept.shards.keys())
         files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
         run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
@@ -140,6 +137,7 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
             if n not in kept.shards
         ]
         journal.append([*hashed, {"done": True}])
+        hash_completed(plan, every, out, job, part, journal, console)
     return outcome_of(out, plan, started, len(kept.reports), measured, part=share.units)
 
 
@@ -171,8 +169,10 @@ def _over(out: Path, plan: Plan, checkpoint: Checkpoint) -> bool:
 
 
 @contextmanager
-def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterator[tuple[ShardWriter, Journal] | None]:
-    """The files that all parts write to, and this part's journal; None if all was finished a moment ago."""
+def _opened(
+    plan: Plan, checkpoint: Checkpoint, out: Path, part: Part
+) -> Iterator[tuple[ShardWriter, Journal, str] | None]:
+    """The files that all parts write to, this part's journal, and the job's id; None if all was finished just now."""
     job = job_of(plan, checkpoint, part.count)
     make_folder(out / FOLDER)
     with ExitStack() as stack:
@@ -197,7 +197,7 @@ def _opened(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part) -> Iterat
             stack.callback(writer.close)
         if journal.head is None or journal.head.get("job") != known["id"]:  # of a job before this one
             journal.start({"job": known["id"], "part": str(part)})
-        yield writer, journal
+        yield writer, journal, known["id"]
 
 
 def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> Outcome:
@@ -232,7 +232,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                     hint=f"run part {part} again, by the command that it was run by",
                 )  # fmt: skip
             ours = journal is not None and journal.head is not None and journal.head.get("job") == job["id"]
-            if journal is None or not ours or not _is_done(journal.entries):
+            if journal is None or not ours or not is_done(journal.entries):
                 raise _not_finished(part, out)
         if own.head is None or own.head.get("job") != job["id"]:
             own.start({"job": job["id"]})
@@ -245,9 +245,11 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
                     f"tensor {left[0].name!r} is in no part's journal", where=str(out), hint="run its part again"
                 )
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
-                kept = _unchanged(kept, writer)
+                kept = unchanged(kept, writer)
                 writer.write_fixed(s.name for s in plan.shards if s.name not in kept.shards)
-                kept = _hashed(plan, files, writer, own, kept, console)
+                left_over = [s for s in plan.shards if s.name not in kept.shards and s.zip is None]
+                kept, witnesses = hash_files(plan, left_over, files, writer, own, kept, console)
+                check_unaltered(witnesses, {t.name: u.name for u in plan.units for t in u.outputs})
                 measured = Run(plan, checkpoint, files, writer, own, console, kept, again=False).run(out)
                 files.check_unchanged()
             writer.commit()
@@ -255,18 +257,6 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
         with locked(out):
             forget(out)
     return outcome_of(out, plan, started, 0, measured)
-
-
-def _unchanged(kept: Kept, writer: ShardWriter) -> Kept:
-    """Without the hashes of files that somebody has written to since: they are hashed again, and compared."""
-    shards = {name: d for name, d in kept.shards.items() if kept.stamps.get(name) == writer.stamp(name)}
-    return replace(kept, shards=shards)
-
-
-def _is_done(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether nothing that a part had done is known to be altered since."""
-    last = [key for e in entries for key in ("done", "altered") if key in e][-1:]
-    return last == ["done"]
 
 
 @contextmanager
@@ -289,44 +279,6 @@ def _blamed(plan: Plan, journals: Mapping[Part, Journal]) -> Iterator[None]:
 
 def _not_finished(part: Part, out: Path) -> OutputError:
     return OutputError(f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}")
-
-
-def _hashed(
-    plan: Plan, files: SourceFiles, writer: ShardWriter, journal: Journal, kept: Kept, console: Console
-) -> Kept:
-    """With the hashes of files that no part had whole, several at once. Torch files get their CRC-32s first: later."""
-    left = {("source", f.name): (partial(files.pread, f.name), f.nbytes)
-            for f in files.files.values() if f.name not in kept.sources}  # fmt: skip
-    sums = written_sums(plan.units, kept.sums)
-    witnesses = {s.name: Witness(s, writer.folder, sums) for s in plan.shards
-                 if s.name not in kept.shards and s.zip is None}  # fmt: skip
-    left |= {("shard", name): (partial(writer.read_into, name), writer.layouts[name].nbytes) for name in witnesses}
-
-    def digest(key: tuple[str, str]) -> str:
-        (kind, name), (read, nbytes) = key, left[key]
-        look = witnesses[name].look if kind == "shard" else None
-        return TrailingHash(read, nbytes, memoryview(bytearray(HASH_BUFFER)), look).hexdigest()
-
-    found: dict[tuple[str, str], str] = {}
-    pool = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="hash")
-    try:
-        with console.progress(sum(nbytes for _, nbytes in left.values())) as progress:
-            largest_first = sorted(left, key=lambda key: -left[key][1])
-            futures = {pool.submit(digest, key): key for key in largest_first}
-            for future in as_completed(futures):
-                key = futures[future]
-                digest_of = future.result()
-                progress.advance(left[key][1])
-                if key[0] == "source" or not witnesses[key[1]].altered:
-                    found[key] = digest_of
-                    stamp = {} if key[0] == "source" else {"stamp": writer.stamp(key[1])}
-                    journal.append([{key[0]: key[1], "sha256": digest_of, **stamp}])
-    finally:
-        pool.shutdown(cancel_futures=True)
-    check_unaltered(witnesses.values(), {t.name: u.name for u in plan.units for t in u.outputs})
-    sources = {name: digest for (kind, name), digest in found.items() if kind == "source"}
-    shards = {name: digest for (kind, name), digest in found.items() if kind == "shard"}
-    return replace(kept, sources={**kept.sources, **sources}, shards={**kept.shards, **shards})
 
 
 def _begun_by(part: Part, out: Path) -> bool:

@@ -16,7 +16,7 @@ PACKAGE = Path(quantkit.__file__).parent
 LAYERS = (
     {"__init__", "__main__", "cli", "cli_options", "cli_publish", "cli_recipe", "cli_text"},
     {"api", "measuring", "doctor", "forecast", "preview", "push", "rates"},
-    {"folder_card", "comparer", "seal", "verifier", "parts", "part_folder", "teamwork"},
+    {"folder_card", "comparer", "seal", "verifier", "parts", "part_folder", "part_hashes", "teamwork"},
     {"evaluation_record"},
     {
         "runner",

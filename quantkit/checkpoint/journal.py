@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.shared import forget_pages, make_folder, open_or_create
+from quantkit.checkpoint.shared import GONE, forget_pages, make_folder, open_or_create
 from quantkit.checkpoint.system import sync_data
 from quantkit.checkpoint.writer import write_error
 from quantkit.errors import OutputError, RunError
@@ -57,12 +57,7 @@ class Journal:
     def _load(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         forget_pages(self._fd)
         raw = self.path.read_bytes()
-        good, position = [], 0
-        while (end := raw.find(b"\n", position)) >= 0:
-            if (entry := _read(raw[position:end])) is None:
-                break
-            good.append(entry)
-            position = end + 1
+        good, position = _whole_lines(raw)
         damaged = b"\n" in raw[position:]
         self.damage = (
             f"{self.path} is not as it was written; what it no longer speaks of is done again" if damaged else ""
@@ -110,6 +105,30 @@ class Journal:
         self.close()
         with suppress(OSError):  # a run that started this moment may hold a journal of its own there
             self.path.parent.rmdir()
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """First line and entries, by now, of a journal that another process may be writing; nothing of none."""
+    try:
+        with path.open("rb") as f:
+            forget_pages(f.fileno())
+            good, _ = _whole_lines(f.read())
+    except OSError as e:
+        if e.errno not in GONE:
+            raise
+        good = []
+    return (good[0], good[1:]) if good else (None, [])
+
+
+def _whole_lines(raw: bytes) -> tuple[list[dict[str, Any]], int]:
+    """What counts of a journal, and how many bytes that are."""
+    good, position = [], 0
+    while (end := raw.find(b"\n", position)) >= 0:
+        if (entry := _read(raw[position:end])) is None:
+            break
+        good.append(entry)
+        position = end + 1
+    return good, position
 
 
 def _line(entry: dict[str, Any]) -> bytes:
