@@ -132,7 +132,7 @@ def _without_text(plan: Plan, count: int, rates: Rates) -> dict[str, float]:
     found = {"start": rates.start_copy}
     found["disk" if disk > work else "work"] = max(work, disk) / count
     if count > 1:
-        # The last of a file's parts hashes it, if no part has it whole, once it is done; the end is a process of its own.
+        # What several write to, the last of them hashes at its end. The end of all is a process of its own.
         found["finish"] = rates.start_copy + max(s.nbytes for s in plan.shards) / rates.sha256
     return found
 
