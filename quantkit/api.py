@@ -34,7 +34,7 @@ from quantkit.layouts import Checkpoint, Prefer, open_checkpoint
 from quantkit.measurement import Measurement
 from quantkit.measuring import known_losses, measure_recipe
 from quantkit.outcome import Outcome, already_done
-from quantkit.output import was_finished
+from quantkit.output import check_whole, was_finished
 from quantkit.part_folder import finished_meanwhile, job_recipe
 from quantkit.parts import execute_part
 from quantkit.parts import finish as finish_parts
@@ -95,7 +95,7 @@ def measure(
     """Measures what each linear of `source` loses in each mix of bits, and writes the file `out`, for `quantize` with a
     method that mixes bits. recipe: its quantize, calibration and resources blocks count."""
     table = {"quantize": {"method": "exl2"}, **(recipe or {}), "source": str(source)}
-    return measure_recipe(build_recipe(table), Path(out), console=console)
+    return measure_recipe(build_recipe(table), expand(str(out)), console=console)
 
 
 def quantize(
@@ -227,15 +227,16 @@ def run_together(recipe: Recipe, *, force: bool = False, console: Console = _QUI
 def finish(out: str | Path, *, source: str | None = None, console: Console = _QUIET) -> Outcome:
     """Makes a model of a folder whose parts are all done; see `quantkit.parts.finish` for what is raised. source: where
     the model they are made from lies here, if elsewhere than for the first part."""
-    started = time.monotonic()
-    if was_finished(Path(out)):
-        return already_done(Path(out))
+    started, out = time.monotonic(), expand(str(out))
+    if was_finished(out):
+        check_whole(out)
+        return already_done(out)
     try:
-        made = _finish(Path(out), source, console)
+        made = _finish(out, source, console)
     except (OutputError, RunError):
-        if not finished_meanwhile(Path(out)):
+        if not finished_meanwhile(out):
             raise
-        return already_done(Path(out))
+        return already_done(out)
     return replace(made, seconds=time.monotonic() - started)
 
 
@@ -259,7 +260,7 @@ def verify(
     """Checks a written folder. Returns what was found wrong; raises UsageError if it is not ours to check. part: "3/8",
     only the third of eight parts of what weights are read for; all headers are, in each."""
     share = Part(1, 1) if part is None else parse_part(part)
-    folder = Path(folder)
+    folder = expand(str(folder))
     parent = Path(source) if source is not None else None
     # What verify_folder will refuse is not fetched first.
     if source is not None and not quick and (folder / "quantkit.json").is_file():
@@ -410,4 +411,4 @@ def _recorded(folder: Path, source: str) -> tuple[str | None, Prefer]:
 
 def rewrite_card(folder: str | Path) -> Path:
     """Writes README.md of a finished folder again, from its manifest and what was evaluated. Returns the path."""
-    return folder_card.rewrite_card(Path(folder))
+    return folder_card.rewrite_card(expand(str(folder)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -352,6 +354,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             console.warn(f"RANK and WORLD_SIZE name a team, without {missing}: this process works alone")
     elif follows():  # the first one does it alone
         sys.exit(0)
+    # Files of the source, of the output and journals of parts are open at once, and shells allow 1,024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # no limit, on some systems, cannot be asked for
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # A scheduler's SIGTERM ends a run as Ctrl-C does: what is finished is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -16,10 +16,13 @@ from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.torch_zip_writer import member_crc
 from quantkit.checkpoint.writer import ShardWriter, TrailingHash
+from quantkit.kept import shard_entry
 from quantkit.memory import HASH_BUFFER
 from quantkit.methods.base import Array, Report
 from quantkit.plans import Plan, Shard, Unit
 from quantkit.witness import Witness, check_unaltered, written_sums
+
+STRETCH = 256 << 20  # bytes that are hashed before it is looked whether something is to be journalled
 
 
 class Committer(threading.Thread):
@@ -34,22 +37,25 @@ class Committer(threading.Thread):
         journal: Journal,
         done: set[str],
         sums: Mapping[str, int],
-        seal: Seal,
+        checksums: ZipChecksums,
         *,
         watchful: bool,
+        in_parts: bool,
     ) -> None:
         """shards: those to be hashed. done: units on disk already; sums: by tensor, of what was written of these.
         watchful: whether what is written now is compared when it is hashed, too, and not only what was written before.
+        in_parts: whether hashes are journalled, for whoever goes on with the file.
         """
         super().__init__(name="committer", daemon=True)
         self.failure: BaseException | None = None
-        self.writer, self.journal, self.seal = writer, journal, seal
+        self.writer, self.journal, self.checksums, self.in_parts = writer, journal, checksums, in_parts
+        self.given_up = False
         self.queue: queue.SimpleQueue[_Done | _Note | None] = queue.SimpleQueue()
         self.outputs = outputs = {t.name: u.name for u in plan.units for t in u.outputs}
         buffer = memoryview(bytearray(HASH_BUFFER))
         self.done, self.sums, self.watchful = done, dict(sums), watchful
         self.frontiers = [
-            _Frontier(s, writer, outputs, buffer, seal, Witness(s, writer.folder, self.sums)) for s in shards
+            _Frontier(s, writer, outputs, buffer, checksums, Witness(s, writer.folder, self.sums)) for s in shards
         ]
 
     def put(self, unit: Unit, report: Report, sums: Sequence[int]) -> None:
@@ -77,10 +83,9 @@ class Committer(threading.Thread):
             raise self.failure
 
     def _work(self) -> None:
-        self._hash()
-        last = False
+        last, behind = False, True  # behind: whether more can be hashed, of what an earlier run wrote, say
         while not last:
-            batch = [self.queue.get()]
+            batch = [] if behind else [self.queue.get()]
             while not self.queue.empty():
                 batch.append(self.queue.get())
             last = None in batch
@@ -88,7 +93,12 @@ class Committer(threading.Thread):
             if finished:
                 self.writer.sync({t.file for f in finished for t in f.unit.outputs})
                 self.journal.append(
-                    {"unit": f.unit.name, "report": f.report.row(), "sums": list(f.sums), **self.seal.entry(f.unit)}
+                    {
+                        "unit": f.unit.name,
+                        "report": f.report.row(),
+                        "sums": list(f.sums),
+                        **self.checksums.entry(f.unit),
+                    }
                     for f in finished
                 )
                 if self.watchful:
@@ -98,21 +108,34 @@ class Committer(threading.Thread):
                 if isinstance(note, _Note):
                     self.journal.append([dict(note.entry)])
                     note.written.set()
-            if finished:
-                self._hash()
+            if finished or behind:
+                behind = self._hash()
+        while not self.given_up and self._hash():
+            pass
 
-    def _hash(self) -> None:
+    def _hash(self) -> bool:
+        """Hashes what can be, or a stretch of it; whether there is more."""
+        left = STRETCH
         for frontier in self.frontiers:
-            frontier.advance(self.done)
+            if left > 0:
+                left -= frontier.advance(self.done, left)
         check_unaltered((frontier.witness for frontier in self.frontiers), self.outputs)
+        if self.in_parts and (hashed := [e for frontier in self.frontiers if (e := frontier.entry()) is not None]):
+            self.journal.append(hashed)
+        return left <= 0
 
     def finish(self) -> dict[str, str]:
         """Waits until all is durable; SHA-256 by file name."""
-        self.stop()
+        self._end()
         self.check()
         return {f.shard.name: f.hash.hexdigest() for f in self.frontiers}
 
     def stop(self) -> None:
+        """Whatever is still to be hashed."""
+        self.given_up = True
+        self._end()
+
+    def _end(self) -> None:
         if self.is_alive():
             self.queue.put(None)
             self.join()
@@ -140,21 +163,36 @@ class _Frontier:
         writer: ShardWriter,
         outputs: dict[str, str],
         buffer: memoryview,
-        seal: Seal,
+        checksums: ZipChecksums,
         witness: Witness,
     ) -> None:
-        self.shard, self.outputs, self.writer, self.seal, self.witness = shard, outputs, writer, seal, witness
+        self.shard, self.outputs, self.writer, self.witness = shard, outputs, writer, witness
+        self.checksums = checksums
+        self.stamp: int | None = None  # once all is written
+        self.journalled = False
         self.waiting = deque((t.name, start) for t, start in zip(shard.tensors, _starts(shard), strict=True))
         self.hash = TrailingHash(partial(writer.read_into, shard.name), shard.nbytes, buffer, witness.look)
 
-    def advance(self, done: set[str]) -> None:
+    def advance(self, done: set[str], most: int) -> int:
+        """Hashes what is complete; how many bytes that were, `most` at most."""
         while self.waiting and self.outputs[self.waiting[0][0]] in done:
             self.waiting.popleft()
-        if not self.waiting:
-            self.seal.end(self.shard)
+        if not self.waiting and self.stamp is None:
+            self.checksums.end(self.shard)
+            self.stamp = self.writer.stamp(self.shard.name)
         before = self.hash.position
-        self.hash.advance(self.waiting[0][1] if self.waiting else self.shard.nbytes)
+        complete = self.waiting[0][1] if self.waiting else self.shard.nbytes
+        self.hash.advance(min(complete, before + most))
         self.writer.forget(self.shard.name, before, self.hash.position)
+        return self.hash.position - before
+
+    def entry(self) -> dict[str, Any] | None:
+        """For the journal, once, when all is hashed, and nobody has written to the file meanwhile."""
+        name, stamp = self.shard.name, self.stamp
+        if self.journalled or stamp is None or self.hash.position < self.shard.nbytes:
+            return None
+        self.journalled = True
+        return shard_entry(name, self.hash.hexdigest(), stamp) if self.writer.stamp(name) == stamp else None
 
 
 def _starts(shard: Shard) -> Iterable[int]:
@@ -164,8 +202,11 @@ def _starts(shard: Shard) -> Iterable[int]:
     return map(shard.zip.crc_offset, range(len(shard.tensors)))
 
 
-class Seal:
-    """The CRC-32s of torch files: of each tensor into its header once it is complete, of all into the file's end."""
+class ZipChecksums:
+    """The CRC-32s of torch files: of each tensor into its header once it is complete, of all into the file's end.
+
+    Nothing is written that is there already: when a file was last written to tells whether its hash still holds.
+    """
 
     def __init__(self, plan: Plan, writer: ShardWriter, known: Mapping[str, int]) -> None:
         self.writer = writer
@@ -190,8 +231,13 @@ class Seal:
     def _write(self, name: str) -> None:
         shard, i = self.places[name]
         if shard.zip is not None:
-            raw = np.array([self.crcs[name]], "<u4")
-            self.writer.write(shard.name, shard.zip.crc_offset(i), raw)
+            self._put(shard.name, shard.zip.crc_offset(i), np.array([self.crcs[name]], "<u4").view(np.uint8))
+
+    def _put(self, file: str, offset: int, raw: Array) -> None:
+        there = np.empty_like(raw)
+        self.writer.read_back(file, offset, there)
+        if not np.array_equal(there, raw):
+            self.writer.write(file, offset, raw)
 
     def entry(self, unit: Unit) -> dict[str, int]:
         """What the journal keeps, so that a resumed run needs not read the tensor again."""
@@ -202,7 +248,7 @@ class Seal:
             return
         crcs = {i: self.crcs[name] for name, (s, i) in self.places.items() if s is shard}
         offset, raw = shard.zip.ending([crcs[i] for i in range(len(crcs))])
-        self.writer.write(shard.name, offset, np.frombuffer(raw, np.uint8))
+        self._put(shard.name, offset, np.frombuffer(raw, np.uint8))
         self.writer.sync([shard.name])
 
 

@@ -133,7 +133,7 @@ def _without_text(plan: Plan, count: int, rates: Rates) -> dict[str, float]:
     found["disk" if disk > work else "work"] = max(work, disk) / count
     if count > 1:
         # What several write to, the last of them hashes at its end. The end of all is a process of its own.
-        found["finish"] = rates.start_copy + max(s.nbytes for s in plan.shards) / rates.sha256
+        found["finish"] = rates.start_copy + max(s.nbytes for s in plan.shards) / min(rates.sha256, rates.read)
     return found
 
 

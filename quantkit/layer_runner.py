@@ -100,7 +100,7 @@ class Written:
 
     def put(self, unit: Unit, tensors: dict[str, Array], report: Report) -> None:
         sums = [self.writer.write(info.file, info.offset, tensors.pop(info.name)) for info in unit.outputs]
-        self.committer.seal.tensor(unit)
+        self.committer.checksums.tensor(unit)
         self.committer.put(unit, report, sums)
         self.progress.advance(unit.source.nbytes)
         self.progress.unit(unit.name, unit.source.nbytes)
@@ -207,6 +207,8 @@ class LayerRun:
                     now = LayersDone(index + 1, excluded, dtype, done.sparsities, hidden)
                     self.sink.note(now.entry())
                     self.done = now
+        self.files.check_unchanged()  # by each of its own machine's, before the leader commits
+        self.team.meet()
 
     def _survey(self, stream: NormStream, prune: Prune, layers: int) -> LayersDone:
         """How much of each layer goes, by its outliers in the model as it is."""

@@ -93,12 +93,8 @@ def is_finished(out: Path, plan: Plan) -> bool:
     """Whether a folder without an unfinished run in it is the plan's result. OutputError if it is another one's, or is
     damaged."""
     if _finished_hash(out) == plan.hash:
-        damaged = [f.name for f in plan.files if f.role != CARD and not _has_size(out / f.name, f.nbytes)]
-        if damaged:
-            raise OutputError(
-                f"the folder was finished once, but {damaged[0]} is missing or of another size now",
-                where=str(out), hint="write it again with --force",
-            )  # fmt: skip
+        sizes = {f.name: f.nbytes for f in plan.files if f.role != CARD}
+        _check_sizes(out, sizes, "write it again with --force")
         with suppress(OSError):  # a crash at the very last step may have left the journal's folder, empty
             (out / FOLDER).rmdir()
         return True
@@ -110,6 +106,23 @@ def is_finished(out: Path, plan: Plan) -> bool:
 def was_finished(out: Path) -> bool:
     """Whether a folder is the result of some plan, with nothing left to do."""
     return _finished_hash(out) is not None and not {JOB, "journal"} & set(listed(out / FOLDER))
+
+
+def check_whole(out: Path) -> None:
+    """OutputError if a finished folder has not all files of its manifest's, by their sizes."""
+    sizes: dict[str, int] = {}
+    with suppress(SourceError, KeyError, TypeError, ValueError):
+        sizes = {str(row["name"]): int(row["bytes"]) for row in read_json(out / "quantkit.json")["files"]}
+    sizes.pop("README.md", None)  # it is made anew where something is measured
+    _check_sizes(out, sizes, "delete the folder, and make it again")
+
+
+def _check_sizes(out: Path, sizes: Mapping[str, int], hint: str) -> None:
+    for name, nbytes in sizes.items():
+        if not _has_size(out / name, nbytes):
+            raise OutputError(
+                f"the folder was finished once, but {name} is missing or of another size now", where=str(out), hint=hint
+            )
 
 
 def check_place(

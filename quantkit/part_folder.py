@@ -28,7 +28,7 @@ from quantkit.layouts import Checkpoint
 from quantkit.output import FILES, JOB, part_journals, was_finished, without
 from quantkit.plans import Plan
 from quantkit.recipe import Recipe, build_recipe
-from quantkit.runner import layouts
+from quantkit.runner import file_layouts
 from quantkit.sharing import Part
 
 PATIENCE = 600.0  # seconds
@@ -151,10 +151,11 @@ def begin(plan: Plan, out: Path, job: dict[str, Any]) -> tuple[dict[str, Any], S
         (out / FOLDER / FILES).unlink(missing_ok=True)  # of an earlier job
     elif has_journals(out, begun["id"]):
         raise without(FILES, out)
-    writer = ShardWriter(out, layouts(plan), reserve=False)
+    writer = ShardWriter(out, file_layouts(plan), reserve=False)
     try:
         files = _whole(write_once(out / FOLDER / FILES, _summed(writer.inodes)), out / FOLDER / FILES)
         check_files(plan, out, files)
+        writer.sync(writer.layouts)  # headers: other machines read them
         return {**begun, "files": files}, writer
     except BaseException:
         writer.close()

@@ -7,10 +7,10 @@ that ended at the same moment did not see each other, or where a file was writte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from typing import Any
 from quantkit.checkpoint.journal import FOLDER, Journal, read_journal
 from quantkit.checkpoint.reader import SourceFiles
 from quantkit.checkpoint.writer import ShardWriter, TrailingHash
+from quantkit.committer import ZipChecksums
 from quantkit.console import Console
-from quantkit.kept import Kept
+from quantkit.kept import Kept, shard_entry
 from quantkit.memory import HASH_BUFFER
 from quantkit.part_folder import journal_name
 from quantkit.plans import Plan, Shard
-from quantkit.runner import Share, layouts
+from quantkit.runner import Share, file_layouts
 from quantkit.sharing import Part
 from quantkit.witness import Witness, written_sums
 
@@ -32,16 +33,6 @@ def is_done(entries: Sequence[Mapping[str, Any]]) -> bool:
     """Whether nothing that a part had done is known to be altered since."""
     last = [key for e in entries for key in ("done", "altered") if key in e][-1:]
     return last == ["done"]
-
-
-def unchanged(kept: Kept, writer: ShardWriter) -> Kept:
-    """Without the hashes of files that somebody has written to since: they are hashed again, and compared."""
-    shards = {
-        name: digest
-        for name, digest in kept.shards.items()
-        if name in writer.layouts and kept.stamps.get(name) == writer.stamp(name)
-    }
-    return replace(kept, shards=shards)
 
 
 def hash_completed(
@@ -61,52 +52,68 @@ def hash_completed(
     if not complete:
         return
     # Opened anew: of a file that is open, a machine may remember what it was before others wrote to it.
-    with closing(ShardWriter(out, [f for f in layouts(plan) if f.name in complete], shared=True)) as writer:
-        kept = unchanged(Kept.read(entries), writer)
-        # A torch file gets its CRC-32s before it is hashed, from `finish`.
-        left = [s for s in plan.shards if s.name in complete - kept.shards.keys() and s.zip is None]
-        hash_files(plan, left, None, writer, journal, kept, console)
+    with closing(ShardWriter(out, [f for f in file_layouts(plan) if f.name in complete], shared=True)) as writer:
+        kept = Kept.read(entries).unchanged(writer.stamps)
+        left = [s for s in plan.shards if s.name in complete - kept.shards.keys()]
+        if zipped := [s for s in left if s.zip is not None]:
+            checksums = ZipChecksums(plan, writer, kept.crcs)
+            for shard in zipped:
+                checksums.end(shard)
+        hash_shards(plan, left, writer, journal, kept, console)
 
 
-def hash_files(
-    plan: Plan,
-    shards: Sequence[Shard],
-    files: SourceFiles | None,
-    writer: ShardWriter,
-    journal: Journal,
-    kept: Kept,
-    console: Console,
-) -> tuple[Kept, list[Witness]]:
-    """Hashes these weight files, and source files that nobody has hashed, several at once. With `kept`, what the
-    witnesses found: the hash of what is not on disk as it was written is neither journalled nor returned."""
-    left = {("source", f.name): (partial(files.pread, f.name), f.nbytes)
-            for f in files.files.values() if f.name not in kept.sources} if files is not None else {}  # fmt: skip
+def hash_shards(
+    plan: Plan, shards: Sequence[Shard], writer: ShardWriter, journal: Journal, kept: Kept, console: Console
+) -> tuple[dict[str, str], list[Witness]]:
+    """SHA-256s of these weight files, which are journalled too, and the witnesses. Of a file that is not on disk as it
+    was written, or that was written to meanwhile, there is none."""
     sums = written_sums(plan.units, kept.sums)
     witnesses = {s.name: Witness(s, writer.folder, sums) for s in shards}
-    left |= {("shard", s.name): (partial(writer.read_into, s.name), s.nbytes) for s in shards}
+    before = writer.stamps
+    found: dict[str, str] = {}
+    jobs = [_Job(s.name, s.nbytes, partial(writer.read_into, s.name), witnesses[s.name].look) for s in shards]
+    for name, digest in _digests(jobs, plan.memory.threads, console):
+        if not witnesses[name].altered and writer.stamp(name) == before[name]:
+            found[name] = digest
+            journal.append([shard_entry(name, digest, before[name])])
+    return found, list(witnesses.values())
 
-    def digest(key: tuple[str, str]) -> str:
-        (kind, name), (read, nbytes) = key, left[key]
-        look = witnesses[name].look if kind == "shard" else None
-        return TrailingHash(read, nbytes, memoryview(bytearray(HASH_BUFFER)), look).hexdigest()
 
-    found: dict[tuple[str, str], str] = {}
-    pool = ThreadPoolExecutor(plan.memory.threads, thread_name_prefix="hash")
+def hash_sources(
+    plan: Plan, files: SourceFiles, journal: Journal, known: Collection[str], console: Console
+) -> dict[str, str]:
+    """SHA-256s of the source's files but the known ones: no part read anything of them."""
+    jobs = [_Job(f.name, f.nbytes, partial(files.pread, f.name)) for f in files.files.values() if f.name not in known]
+    found: dict[str, str] = {}
+    for name, digest in _digests(jobs, plan.memory.threads, console):
+        found[name] = digest
+        journal.append([{"source": name, "sha256": digest}])
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file to hash; look: who is shown its bytes as they go by."""
+
+    name: str
+    nbytes: int
+    read: Callable[[int, memoryview], int]
+    look: Callable[[int, memoryview], None] | None = None
+
+    def digest(self) -> str:
+        return TrailingHash(self.read, self.nbytes, memoryview(bytearray(HASH_BUFFER)), self.look).hexdigest()
+
+
+def _digests(jobs: Sequence[_Job], threads: int, console: Console) -> Iterator[tuple[str, str]]:
+    """Names and SHA-256s, several at once, the largest first, as they are found."""
+    if not jobs:
+        return
+    pool = ThreadPoolExecutor(min(threads, len(jobs)), thread_name_prefix="hash")
     try:
-        with console.progress(sum(nbytes for _, nbytes in left.values())) as progress:
-            largest_first = sorted(left, key=lambda key: -left[key][1])
-            futures = {pool.submit(digest, key): key for key in largest_first}
+        with console.progress(sum(job.nbytes for job in jobs)) as progress:
+            futures = {pool.submit(job.digest): job for job in sorted(jobs, key=lambda job: -job.nbytes)}
             for future in as_completed(futures):
-                kind, name = key = futures[future]
-                digest_of = future.result()
-                progress.advance(left[key][1])
-                if kind == "source" or not witnesses[name].altered:
-                    found[key] = digest_of
-                    stamp = {} if kind == "source" else {"stamp": writer.stamp(name)}
-                    journal.append([{kind: name, "sha256": digest_of, **stamp}])
+                progress.advance(futures[future].nbytes)
+                yield futures[future].name, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    sources = {name: digest for (kind, name), digest in found.items() if kind == "source"}
-    hashed = {name: digest for (kind, name), digest in found.items() if kind == "shard"}
-    more = replace(kept, sources={**kept.sources, **sources}, shards={**kept.shards, **hashed})
-    return more, list(witnesses.values())

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ from quantkit.part_folder import (
     no_parts,
     read_job,
 )
-from quantkit.part_hashes import hash_completed, hash_files, is_done, unchanged
+from quantkit.part_hashes import hash_completed, hash_shards, hash_sources, is_done
 from quantkit.plans import Plan, Unit
-from quantkit.runner import Run, Share, layouts, publish
+from quantkit.runner import Run, Share, file_layouts, publish
 from quantkit.sharing import Part, runs
 from quantkit.witness import AlteredError, check_unaltered
 
@@ -120,7 +121,7 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
         writer, journal, job = opened
         if journal.damage:
             console.warn(journal.damage)
-        kept = unchanged(Kept.read(journal.entries), writer)
+        kept = Kept.read(journal.entries).unchanged(writer.stamps)
         writer.write_fixed(share.shards - kept.shards.keys())
         files = stack.enter_context(SourceFiles(checkpoint.folder, checkpoint.files))
         run = Run(plan, checkpoint, files, writer, journal, console, kept, share)
@@ -131,13 +132,12 @@ def execute_part(plan: Plan, checkpoint: Checkpoint, out: Path, part: Part, cons
             hint = f"delete {out}, and begin again: {e.hint}"
             raise NotFiniteError(e.what, where=e.where, hint=hint) from None
         files.check_unchanged()
-        hashed = [
-            {"shard": n, "sha256": d, "stamp": writer.stamp(n)}
-            for n, d in measured.outputs.items()
-            if n not in kept.shards
-        ]
-        journal.append([*hashed, {"done": True}])
-        hash_completed(plan, every, out, job, part, journal, console)
+        journal.append([{"done": True}])
+        try:
+            hash_completed(plan, every, out, job, part, journal, console)
+        except (OSError, RunError) as e:  # nothing is lost: the part is done
+            what = e.what if isinstance(e, RunError) else e.strerror or e
+            console.warn(f"a file that others wrote to as well could not be hashed, which is left to `finish`: {what}")
     return outcome_of(out, plan, started, len(kept.reports), measured, part=share.units)
 
 
@@ -193,7 +193,7 @@ def _opened(
             stack.callback(journal.close)
         if writer is None:
             check_files(plan, out, known["files"])
-            writer = ShardWriter(out, layouts(plan), shared=True)
+            writer = ShardWriter(out, file_layouts(plan), shared=True)
             stack.callback(writer.close)
         if journal.head is None or journal.head.get("job") != known["id"]:  # of a job before this one
             journal.start({"job": known["id"], "part": str(part)})
@@ -238,18 +238,21 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
             own.start({"job": job["id"]})
         kept = Kept.read([*entries, *own.entries])
         with _kept_if_it_breaks_off(out), _blamed(plan, journals):
-            writer = ShardWriter(out, layouts(plan), shared=True)
+            writer = ShardWriter(out, file_layouts(plan), shared=True)
             stack.callback(writer.close)
             if left := [u for u in plan.units if u.name not in kept.reports]:
                 raise RunError(
                     f"tensor {left[0].name!r} is in no part's journal", where=str(out), hint="run its part again"
                 )
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
-                kept = unchanged(kept, writer)
+                kept = kept.unchanged(writer.stamps)
                 writer.write_fixed(s.name for s in plan.shards if s.name not in kept.shards)
-                left_over = [s for s in plan.shards if s.name not in kept.shards and s.zip is None]
-                kept, witnesses = hash_files(plan, left_over, files, writer, own, kept, console)
+                sources = hash_sources(plan, files, own, kept.sources, console)
+                # A torch file gets its CRC-32s before it is hashed: below.
+                unhashed = [s for s in plan.shards if s.name not in kept.shards and s.zip is None]
+                shards, witnesses = hash_shards(plan, unhashed, writer, own, kept, console)
                 check_unaltered(witnesses, {t.name: u.name for u in plan.units for t in u.outputs})
+                kept = replace(kept, sources={**kept.sources, **sources}, shards={**kept.shards, **shards})
                 measured = Run(plan, checkpoint, files, writer, own, console, kept, again=False).run(out)
                 files.check_unchanged()
             writer.commit()

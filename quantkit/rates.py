@@ -25,7 +25,7 @@ from quantkit.checkpoint.reader import read_json
 from quantkit.checkpoint.system import cores, page_buffer
 from quantkit.checkpoint.writer import write_file
 from quantkit.console import Console, table
-from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.errors import OutputError, RunError, SourceError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +199,7 @@ def _in(folder: Path) -> Iterator[str]:
             yield name
     except OSError as e:
         raise OutputError(
-            f"this machine cannot be measured here: {e.strerror}", where=str(e.filename or folder),
+            f"this machine cannot be measured here: {e.strerror or e}", where=str(e.filename or folder),
             hint="name a file in a folder on the disk that jobs write to, with a gigabyte of room",
         ) from None  # fmt: skip
 
@@ -241,7 +241,17 @@ def _starts(work: Path, device: str) -> tuple[float, float]:
         command = [sys.executable, "-m", "quantkit", "quantize", str(tiny), "-o", str(work / "started"), "--force"]
         # Not one of a team that this process may be of.
         alone = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-        return seconds(lambda: subprocess.run([*command, *words], check=True, capture_output=True, env=alone), 0)
+
+        def job() -> None:
+            done = subprocess.run([*command, *words], capture_output=True, text=True, env=alone, check=False)
+            if done.returncode:
+                what = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+                raise RunError(
+                    f"a job to measure by failed: {next((w for w in what if w.startswith('error')), what[-1])}",
+                    where=" ".join(words), hint="see whether `quantkit quantize` works on this machine at all",
+                )  # fmt: skip
+
+        return seconds(job, 0)
 
     along = ("--method", "gptq", "--calib", str(text), "--calib-samples", "1", "--calib-length", "64")
     return run("--bits", "4"), run(*along, "--device", device)
@@ -267,7 +277,8 @@ def _disk(work: Path) -> tuple[float, float]:
 
     def read() -> None:
         with path.open("rb", buffering=0) as f:
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while f.readinto(buffer.data):
                 pass
 

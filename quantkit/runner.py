@@ -39,7 +39,7 @@ from quantkit.checkpoint.writer import (
     write_error,
     write_file,
 )
-from quantkit.committer import Committer, Seal, SourceHashes
+from quantkit.committer import Committer, SourceHashes, ZipChecksums
 from quantkit.console import Console, Progress
 from quantkit.errors import Interrupted, NotFiniteError, RunError, SourceError
 from quantkit.kept import Kept
@@ -85,7 +85,7 @@ def execute(
         if journal.damage and not force:
             console.warn(journal.damage)
         kept, layers = _left(plan, out, journal, console)  # before files that are gone are made anew
-        writer = ShardWriter(out, layouts(plan))
+        writer = ShardWriter(out, file_layouts(plan))
         try:
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
                 run = Run(plan, checkpoint, files, writer, journal, console, kept, team=team)
@@ -120,7 +120,7 @@ def execute(
 def _left(plan: Plan, out: Path, journal: Journal, console: Console) -> tuple[Kept, LayersDone]:
     """What an earlier run did and still holds. What holds no more is journalled: otherwise, if this run is killed, the
     next one would believe it."""
-    gone = missing_files(out, layouts(plan))
+    gone = missing_files(out, file_layouts(plan))
     kept, layers = Kept.read(journal.entries), LayersDone.read(journal.entries)
     lost = {u.name for u in plan.units if any(t.file in gone for t in u.outputs)} & kept.reports.keys()
     if lost:
@@ -140,7 +140,7 @@ def _left(plan: Plan, out: Path, journal: Journal, console: Console) -> tuple[Ke
     return kept.without(half), layers
 
 
-def layouts(plan: Plan) -> list[FileLayout]:
+def file_layouts(plan: Plan) -> list[FileLayout]:
     return [FileLayout(s.name, s.fixed, s.nbytes) for s in plan.shards]
 
 
@@ -208,7 +208,7 @@ class Run:
         done = self.reports.keys() - self.again
         # Those to be solved among them: a fault in the last layer should not be found after hours.
         self.pending = [u for u in units if u.name not in done]
-        self.seal = Seal(plan, writer, {name: crc for name, crc in kept.crcs.items() if name in done})
+        self.checksums = ZipChecksums(plan, writer, {name: crc for name, crc in kept.crcs.items() if name in done})
         shards = [s for s in plan.shards if s.name not in kept.shards and (share is None or s.name in share.shards)]
         # Whether it may be long before what is written is hashed: others write to the file, or linears come first.
         watchful = share is not None or any(u.calibrated for u in units)
@@ -216,7 +216,10 @@ class Run:
         self.copies_summed = watchful or not plan.checked
         self.known = kept.sums
         sums = written_sums((u for u in plan.units if u.name in done), kept.sums)
-        self.committer = Committer(plan, shards, writer, journal, set(done), sums, self.seal, watchful=watchful)
+        self.committer = Committer(
+            plan, shards, writer, journal, set(done), sums, self.checksums,
+            watchful=watchful, in_parts=share is not None,
+        )  # fmt: skip
         self.hashes = SourceHashes(files, journal, kept.sources, None if share is None else share.sources)
         self.shards = kept.shards
 
@@ -353,7 +356,7 @@ class Run:
         elif not (unit.cast or self.copies_summed):
             sums = []
         self.reports[unit.name] = report
-        self.seal.tensor(unit)
+        self.checksums.tensor(unit)
         self.committer.put(unit, report, sums)
         return True
 

@@ -100,9 +100,12 @@ def test_four_at_once(source: Path, reference: dict[str, str], tmp_path: Path) -
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
     assert not (out / "config.json").exists(), "it is no model yet"
-    done = cli("finish", str(out), "--quiet")
+    few = ["bash", "-c", 'ulimit -S -n 16; exec "$@"', "bash", sys.executable, "-m", "quantkit"]  # files at once
+    done = subprocess.run([*few, "finish", str(out), "--quiet"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert digests(out) == reference
+    (out / sorted(reference)[-2]).unlink()
+    refused(cli("finish", str(out), "--quiet"), f"{sorted(reference)[-2]} is missing or of another size")
 
 
 def test_twenty_kills(source: Path, reference: dict[str, str], tmp_path: Path) -> None:

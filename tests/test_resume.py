@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ from resuming import (
     truncate,
 )
 
+import quantkit
+from quantkit import committer
 from quantkit.checkpoint.journal import Journal
+from quantkit.committer import _Frontier
 from quantkit.errors import OutputError
 
 
@@ -149,6 +153,34 @@ def test_resuming_keeps_what_was_done(source: Path, reference: dict[str, str], t
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_done_is_not_hashed_first(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may take minutes, of a large model, and what is done meanwhile must be kept."""
+    out = tmp_path / "out"
+    stop_at(source, out, lines(25), signal.SIGKILL)
+    known = journal_lines(out)
+    plan = quantkit.plan(source, {"shard_size": "12MB"})
+    journal = (out / ".quantkit" / "journal").read_text()
+    kept = sum(t.nbytes for u in plan.units for t in u.outputs if f'"unit": "{u.name}"' in journal)
+    advance, hashed = _Frontier.advance, dict[str, int]()
+    before: list[int] = []  # bytes hashed before each look that saw something new
+
+    def slow(self: _Frontier, done: set[str], most: int) -> int:
+        time.sleep(0.03)
+        if journal_lines(out) > known:
+            before.append(sum(hashed.values()))
+        n = advance(self, done, most)
+        hashed[self.shard.name] = hashed.get(self.shard.name, 0) + n
+        return n
+
+    monkeypatch.setattr(committer, "STRETCH", 1 << 19)
+    monkeypatch.setattr(_Frontier, "advance", slow)
+    quantkit.quantize(source, out, {"shard_size": "12MB", "resources": {"threads": 1}})
+    assert before[0] < kept / 2
+    assert digests(out) == reference
 
 
 @pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])

@@ -242,6 +242,23 @@ def test_what_is_wrong_for_all(work: Path) -> None:
     assert not (work / "wrong").exists()
 
 
+def test_a_source_that_changes_on_another_machine(work: Path) -> None:
+    """Where each has a copy: nobody else can see it."""
+    for place in ("here", "there"):
+        shutil.copytree(work / "model", work / place / "model", copy_function=shutil.copy2)
+    started = started_by_rank(work, *[line("gptq", f"{place}/model", "changed") for place in ("here", "there")])
+    journal = work / "changed" / ".quantkit" / "journal"
+    while not journal.exists() and started[0].poll() is None:
+        time.sleep(0.005)
+    (file,) = (work / "there" / "model").glob("*.safetensors")
+    os.utime(file)
+    (_, leader), (_, other) = [process.communicate(timeout=120) for process in started]
+    assert [process.wait() for process in started] == [1, 1], leader + other
+    assert f"{file.name} changed while it was being read" in other
+    assert "another process of the team is gone" in leader
+    assert not (work / "changed" / "config.json").exists()
+
+
 def test_another_text_on_another_machine(work: Path) -> None:
     (work / "there").mkdir()
     (work / "there" / "text.txt").write_text(text_of(12_000)[100:])

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from quantkit.checkpoint.header import TensorInfo, quote, read_header, strict_json
 from quantkit.checkpoint.system import DIRECT, PAGE, page_buffer
 from quantkit.checkpoint.torch_zip import read_torch_zip
-from quantkit.checkpoint.views import Run, SourceTensor
+from quantkit.checkpoint.views import ByteRange, SourceTensor
 from quantkit.errors import NotFiniteError, RunError, SourceError
 
 MAX_JSON = 64 * 1024 * 1024
@@ -140,7 +140,7 @@ def read_weight_files(
     return list(tensors.values()), files
 
 
-def runs_buffer(runs: Sequence[Run]) -> npt.NDArray[np.uint8]:
+def runs_buffer(runs: Sequence[ByteRange]) -> npt.NDArray[np.uint8]:
     """Room for `SourceFiles.read_runs`: each run at a page of its own."""
     return page_buffer(sum((run.nbytes // PAGE + 2) * PAGE for run in runs))
 
@@ -196,7 +196,9 @@ class SourceFiles:
         self.read_into(buffer[start:end], file, first + start)
         return buffer[lead:end]
 
-    def read_runs(self, buffer: npt.NDArray[np.uint8], runs: Sequence[Run], item: int) -> list[npt.NDArray[np.uint8]]:
+    def read_runs(
+        self, buffer: npt.NDArray[np.uint8], runs: Sequence[ByteRange], item: int
+    ) -> list[npt.NDArray[np.uint8]]:
         """The bytes of each run as a part of `buffer`, which `runs_buffer(runs)` made, aligned to `item` bytes."""
         found, begin = [], 0
         for run in runs:

@@ -50,6 +50,15 @@ def open_or_create(path: Path, mode: int, flags: int = 0) -> int:
     return os.open(path, flags | os.O_CREAT, mode)
 
 
+def open_there(path: Path) -> int:
+    """The same of a file that somebody has made, which this machine may see a moment later."""
+    for _ in range(RETRIES):
+        with suppress(FileNotFoundError):
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        time.sleep(PAUSE)
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
 def by_the_byte(fd: int) -> None:
     """For files that several machines write to at the same time. NFS reads a page before it writes a part of it, and
     then may write all of it, with what another machine has written meanwhile as it was before. With a lock on part of

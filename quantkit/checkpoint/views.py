@@ -23,7 +23,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ByteRange:
     """Bytes of one file."""
 
     file: str
@@ -78,21 +78,21 @@ class SourceTensor(TensorSpec):
         bits = DTYPE_BITS[self.dtype]
         return f"u{bits // 8}" if bits in (8, 16, 32, 64) and self.dtype != "C64" else "u1"
 
-    def runs(self, start: int, count: int) -> list[Run]:
+    def runs(self, start: int, count: int) -> list[ByteRange]:
         """The bytes that hold `count` elements from `start` on."""
         bits = DTYPE_BITS[self.stored]
         if self.axis == 1:
             share = len(self.parts)
             a, n = start // share * bits // 8, count // share * bits // 8
-            return [Run(p.file, p.offset + a, n) for p in self.parts]
+            return [ByteRange(p.file, p.offset + a, n) for p in self.parts]
         first, last = start * bits // 8, (start + count) * bits // 8
-        found: list[Run] = []
+        found: list[ByteRange] = []
         begin = 0
         for p in self.parts:
             end = begin + p.nbytes
             if (begin < last and first < end) or (first == last and not found):
                 a, b = max(first, begin), min(last, end)
-                found.append(Run(p.file, p.offset + a - begin, b - a))
+                found.append(ByteRange(p.file, p.offset + a - begin, b - a))
             begin = end
         return found
 

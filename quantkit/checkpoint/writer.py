@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint.header import fsync_directory
-from quantkit.checkpoint.shared import by_the_byte, forget_pages, open_or_create
+from quantkit.checkpoint.shared import by_the_byte, forget_pages, open_or_create, open_there
 from quantkit.checkpoint.system import sync_data
 from quantkit.errors import RunError
 from quantkit.kernels.sums import position_sum
@@ -89,7 +89,7 @@ class ShardWriter:
         final, partial = self.folder / layout.name, self.folder / (layout.name + PARTIAL)
         path = final if final.exists() and not partial.exists() else partial
         try:
-            self._fds[layout.name] = fd = open_or_create(path, 0o644)
+            self._fds[layout.name] = fd = open_there(path) if self._shared else open_or_create(path, 0o644)
             if path is final:
                 self._done.add(layout.name)
             if not self._reserve:
@@ -119,6 +119,11 @@ class ShardWriter:
     def stamp(self, file: str) -> int:
         """When the file was written to, in nanoseconds: a later time tells that it was since."""
         return os.fstat(self._fds[file]).st_mtime_ns
+
+    @property
+    def stamps(self) -> dict[str, int]:
+        """By file name."""
+        return {name: self.stamp(name) for name in self._fds}
 
     @property
     def inodes(self) -> dict[str, int]:
