@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from resuming import assert_three_lines
 import quantkit
 from quantkit import rates as measured
 from quantkit.cli import cli
-from quantkit.errors import OutputError, UsageError
+from quantkit.errors import OutputError, RunError, UsageError
 from quantkit.forecast import forecast
 from quantkit.rates import Cost, Rates, read_rates
 
@@ -177,6 +178,12 @@ def test_rates_are_measured(tmp_path: Path) -> None:
     assert min(around, hidden) > 0
     assert attention >= 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_on_which_no_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured.sys, "executable", shutil.which("false"))
+    with pytest.raises(RunError, match="a job to measure by failed: exit code 1"):
+        measured._starts(tmp_path, "cpu")
 
 
 def test_nothing_else_is_written_over(tmp_path: Path) -> None:
