@@ -6,8 +6,8 @@ fresh ones for timing, and a hundred times faster to make. Memory: 300 MB.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,4 +74,8 @@ def main(out: Path, layers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 32)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("layers", type=int, nargs="?", default=32)
+    arguments = parser.parse_args()
+    main(arguments.out, arguments.layers)

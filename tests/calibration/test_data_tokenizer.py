@@ -204,7 +204,7 @@ def hard_text(seed: int) -> str:
         lambda: "Hello, world. ", lambda: "\u00a0\u3000", lambda: "l'été où ", lambda: "\r\n",
         lambda: "".join(chr(dice.randint(32, 0x2FFF)) for _ in range(500)),
     ]  # fmt: skip
-    return "".join(dice.choice(makers)() for _ in range(400))
+    return "".join(dice.choice(makers)() for _ in range(250))
 
 
 @pytest.mark.parametrize("key", ["bytes", "words", "15m", "260k", "v3", "tekken-2409"])

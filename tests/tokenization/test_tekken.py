@@ -52,7 +52,7 @@ def test_the_ids_and_the_text_are_mistral_commons(key: str, loaded: Any) -> None
     theirs, folder = loaded(key)
     ours = fast(folder, split_special_tokens=True)
     words = [w for w in theirs.vocab()[1000:] if "\ufffd" not in w]
-    strings = texts(0, 2500, words, theirs.vocab()[:22])
+    strings = texts(0, 1500, words, theirs.vocab()[:22])
     expected = [theirs.encode(s, bos=True, eos=False) for s in strings]
     found = ours(strings).input_ids
     assert [s for s, a, b in zip(strings, expected, found, strict=True) if a != b] == []
@@ -63,7 +63,7 @@ def test_the_ids_and_the_text_are_mistral_commons(key: str, loaded: Any) -> None
 def test_characters_of_every_kind(loaded: Any) -> None:
     """The pattern asks for Unicode classes; tiktoken and tokenizers have their own tables."""
     theirs, folder = loaded("tekken-2407")
-    points = [c for c in [*range(0x3000), *range(0x3000, 0x110000, 97)] if not 0xD800 <= c < 0xE000]
+    points = [c for c in [*range(0x3000), *range(0x3000, 0x110000, 389)] if not 0xD800 <= c < 0xE000]
     strings = [f"a{chr(c)}{chr(c)}B {chr(c)}" for c in points]
     found = fast(folder)(strings).input_ids
     assert [s for s, b in zip(strings, found, strict=True) if theirs.encode(s, bos=True, eos=False) != b] == []
