@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -178,6 +178,31 @@ class _Open:
             return None if self._left else self._nonfinite
 
 
+@dataclass(frozen=True)
+class _Watch:
+    """How what is written is watched until it is hashed.
+
+    |                    | written now                                  | written by an earlier run |
+    |--------------------|----------------------------------------------|---------------------------|
+    | a run of a moment  | nothing happens to it: summed for the next   | copies are mapped back,   |
+    |                    | run, but for copies that are mapped back     | all else by its sums      |
+    | in parts, or along | it may be long, and others write beside it:  | the same                  |
+    | a text (`long`)    | all is summed, and compared when it's hashed |                           |
+    """
+
+    again: frozenset[str]  # units that an earlier run copied, to be mapped back once more
+    long: bool
+    copies_summed: bool
+
+
+def _watch(plan: Plan, units: Iterable[Unit], kept: Kept, *, in_parts: bool, again: bool) -> _Watch:
+    """again: whether what was compared with the source before is compared once more."""
+    copied = {u.name for u in units if plan.checked and again and u.linear is None and not u.cast}
+    long = in_parts or any(u.calibrated for u in units)
+    # Copying is so fast that summing would show.
+    return _Watch(frozenset(copied & kept.reports.keys()), long, long or not plan.checked)
+
+
 class Run:
     """One process's work on a plan: all of it, or a share."""
 
@@ -195,30 +220,23 @@ class Run:
         again: bool = True,
         team: Team | None = None,
     ) -> None:
-        """share: what of the plan is to be done. again: whether what was compared with the source before is compared
-        once more. team: whom layers are solved with."""
+        """share: what of the plan is to be done. again: see `_watch`. team: whom layers are solved with."""
         self.team = team
         self.plan, self.checkpoint, self.files, self.writer, self.console = plan, checkpoint, files, writer, console
         self.share = share
         self.reports = dict(kept.reports)
         units = plan.units if share is None else share.units
-        # What an earlier run wrote and can be compared is compared again: since then anything may have happened to it.
-        copied = {u.name for u in units if plan.checked and again and u.linear is None and not u.cast}
-        self.again = copied & self.reports.keys()
-        done = self.reports.keys() - self.again
+        self.watch = _watch(plan, units, kept, in_parts=share is not None, again=again)
+        done = self.reports.keys() - self.watch.again
         # Those to be solved among them: a fault in the last layer should not be found after hours.
         self.pending = [u for u in units if u.name not in done]
         self.checksums = ZipChecksums(plan, writer, {name: crc for name, crc in kept.crcs.items() if name in done})
         shards = [s for s in plan.shards if s.name not in kept.shards and (share is None or s.name in share.shards)]
-        # Whether it may be long before what is written is hashed: others write to the file, or linears come first.
-        watchful = share is not None or any(u.calibrated for u in units)
-        # Others than these are mapped back when a run is taken up; and copying is so fast that summing would show.
-        self.copies_summed = watchful or not plan.checked
         self.known = kept.sums
         sums = written_sums((u for u in plan.units if u.name in done), kept.sums)
         self.committer = Committer(
             plan, shards, writer, journal, set(done), sums, self.checksums,
-            watchful=watchful, in_parts=share is not None,
+            watchful=self.watch.long, in_parts=share is not None,
         )  # fmt: skip
         self.hashes = SourceHashes(files, journal, kept.sources, None if share is None else share.sources)
         self.shards = kept.shards
@@ -330,9 +348,9 @@ class Run:
             offset = main.offset + start * DTYPE_BITS[main.dtype] // 8
             if unit.cast:
                 written = self.writer.write(main.file, offset, self._cast(unit, start, x))
-            elif not (unit.name in self.again and self._maps_back(unit, raw, x, offset)):
+            elif not (unit.name in self.watch.again and self._maps_back(unit, raw, x, offset)):
                 y = to_pairs(x, unit.head_dim, source.columns) if unit.head_dim else x
-                written = self.writer.write(main.file, offset, y, summed=self.copies_summed)
+                written = self.writer.write(main.file, offset, y, summed=self.watch.copies_summed)
                 if self.plan.checked and not self._maps_back(unit, raw, x, offset):
                     raise RunError(
                         f"tensor {unit.name!r}, mapped back, is not what was read: a fault of quantkit or of the disk",
@@ -351,9 +369,9 @@ class Run:
             companions, measured = state.encoder.finish()
             sums += [self.writer.write(t.file, t.offset, companions[t.name]) for t in unit.outputs[1:]]
             report = replace(measured, nonfinite=nonfinite)
-        elif unit.name in self.again:  # nothing may have been written of it
+        elif unit.name in self.watch.again:  # nothing may have been written of it
             sums = list(self.known.get(unit.name, ()))
-        elif not (unit.cast or self.copies_summed):
+        elif not (unit.cast or self.watch.copies_summed):
             sums = []
         self.reports[unit.name] = report
         self.checksums.tensor(unit)
