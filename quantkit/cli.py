@@ -213,6 +213,7 @@ def verify(folder: Path, source: str | None, quick: bool, part: str | None, as_j
     from quantkit.folder_card import is_written_by_hand
 
     console = Console(json=as_json, quiet=quiet)
+    folder = folder.expanduser()
     found = api.verify(folder, source=source, quick=quick, part=part, console=console)
     if not found.problems and is_written_by_hand(folder, read_record(folder)):
         console.warn(

@@ -147,11 +147,12 @@ def check_place(
     if os.path.exists(out) and not out.is_dir():
         raise OutputError(f"{out.name!r} is a file, not a folder", where=str(out.parent), hint="name another -o")
     names = _names(out)
-    if names and parts and part_journals(out) and _finished_hash(out) is None:
+    if names and parts and (part_journals(out) or FILES in listed(out / FOLDER)) and _finished_hash(out) is None:
         raise without(JOB, out)
     if names and not force and _finished_hash(out) is None and not (out / FOLDER / "journal").exists():
         what = f"is not empty ({', '.join(names[:3])})"
-        if parts:  # they may not use --force
+        whole = any(n.endswith(WEIGHT_SUFFIXES) for n in names) and "quantkit.json" not in names
+        if parts or whole:  # which may not use --force, or that does not delete
             raise OutputError(f"the output folder {what}", where=str(out), hint="name another -o, or empty it")
         raise _occupied(out, what)
     if quantize is not None and not force and _finished_hash(out) is not None:

@@ -98,9 +98,11 @@ def check_same_job(known: Mapping[str, Any], job: Mapping[str, Any], out: Path) 
 
 def no_parts(out: Path) -> OutputError:
     """Of a folder that does not say what job it is of."""
+    if out.exists() and not out.is_dir():
+        return OutputError("that is a file, not a folder", where=str(out), hint="name what --part wrote to")
     if not out.is_dir():
         return OutputError("there is no such folder", where=str(out), hint="name the one that --part wrote to")
-    if part_journals(out):
+    if part_journals(out) or FILES in listed(out / FOLDER):
         return without(JOB, out)
     return OutputError(
         "there are no parts in this folder", where=str(out), hint="run `quantkit … --part 1/N` to N/N first"

@@ -47,7 +47,7 @@ def hash_completed(
         if complete & theirs:
             head, found = read_journal(out / FOLDER / journal_name(Part(n, part.count)))
             entries += found
-            if head is None or head.get("job") != job or not is_done(found):
+            if head != {"job": job, "part": str(Part(n, part.count))} or not is_done(found):
                 complete -= theirs
     if not complete:
         return

@@ -195,8 +195,8 @@ def _opened(
             check_files(plan, out, known["files"])
             writer = ShardWriter(out, file_layouts(plan), shared=True)
             stack.callback(writer.close)
-        if journal.head is None or journal.head.get("job") != known["id"]:  # of a job before this one
-            journal.start({"job": known["id"], "part": str(part)})
+        if journal.head != (head := {"job": known["id"], "part": str(part)}):  # of a job before this one
+            journal.start(head)
         yield writer, journal, known["id"]
 
 
@@ -221,29 +221,32 @@ def finish(plan: Plan, checkpoint: Checkpoint, out: Path, console: Console) -> O
             raise without(FILES, out) if has_journals(out, job["id"]) else _not_finished(parts[0], out)
         check_files(plan, out, job["files"])
         for part in parts:
-            journal = Journal(out, journal_name(part), f"part {part} is under way") if _begun_by(part, out) else None
-            if journal is not None:
-                stack.callback(journal.close)
-                entries += journal.entries
-                journals[part] = journal
-            if journal is not None and journal.damage:
-                raise OutputError(
-                    f"the journal of part {part} was altered", where=str(journal.path),
-                    hint=f"run part {part} again, by the command that it was run by",
-                )  # fmt: skip
-            ours = journal is not None and journal.head is not None and journal.head.get("job") == job["id"]
-            if journal is None or not ours or not is_done(journal.entries):
+            if not (out / FOLDER / journal_name(part)).exists():
                 raise _not_finished(part, out)
+            journal = Journal(out, journal_name(part), f"part {part} is under way")
+            stack.callback(journal.close)
+            head = journal.head or {}
+            another = head.get("job") == job["id"] and head.get("part") != str(part)
+            if journal.damage or another:
+                raise OutputError(
+                    f"the journal of part {part} " + ("is another part's" if another else "was altered"),
+                    where=str(journal.path), hint=f"run part {part} again, by the command that it was run by",
+                )  # fmt: skip
+            if head.get("job") != job["id"] or not is_done(journal.entries):
+                raise _not_finished(part, out)
+            entries += journal.entries
+            journals[part] = journal
         if own.head is None or own.head.get("job") != job["id"]:
             own.start({"job": job["id"]})
         kept = Kept.read([*entries, *own.entries])
         with _kept_if_it_breaks_off(out), _blamed(plan, journals):
             writer = ShardWriter(out, file_layouts(plan), shared=True)
             stack.callback(writer.close)
-            if left := [u for u in plan.units if u.name not in kept.reports]:
-                raise RunError(
-                    f"tensor {left[0].name!r} is in no part's journal", where=str(out), hint="run its part again"
-                )
+            for part, share in zip(parts, shares(plan, len(parts)), strict=True):
+                if left := [u.name for u in share.units if u.name not in kept.reports]:
+                    raise RunError(
+                        f"tensor {left[0]!r} is in no part's journal", where=str(out), hint=f"run part {part} again"
+                    )
             with SourceFiles(checkpoint.folder, checkpoint.files) as files:
                 kept = kept.unchanged(writer.stamps)
                 writer.write_fixed(s.name for s in plan.shards if s.name not in kept.shards)
@@ -282,7 +285,3 @@ def _blamed(plan: Plan, journals: Mapping[Part, Journal]) -> Iterator[None]:
 
 def _not_finished(part: Part, out: Path) -> OutputError:
     return OutputError(f"part {part} is not finished", where=str(out), hint=f"run it, again if need be: --part {part}")
-
-
-def _begun_by(part: Part, out: Path) -> bool:
-    return (out / FOLDER / journal_name(part)).exists()

@@ -409,3 +409,35 @@ def test_a_part_is_not_told_to_use_force(source: Path, tmp_path: Path) -> None:
     done = quantize(source, tmp_path, "--part", "1/2")
     refused(done, "is not empty")
     assert "--force" not in done.stderr
+
+
+def test_a_journal_of_another_part(out: Path, source: Path, reference: dict[str, str]) -> None:
+    assert quantize(source, out, "--part", "2/2").returncode == 0
+    journals = out / ".quantkit"
+    shutil.copy(journals / "part-1-of-2", journals / "part-2-of-2")
+    done = cli("finish", str(out), "--quiet")
+    refused(done, "the journal of part 2/2 is another part's")
+    assert "run part 2/2 again" in done.stderr
+    assert quantize(source, out, "--part", "2/2").returncode == 0
+    assert cli("finish", str(out), "--quiet").returncode == 0
+    assert digests(out) == reference
+
+
+def test_nothing_says_of_what_they_are(out: Path, source: Path, tmp_path: Path) -> None:
+    for name in ("job.json", "part-1-of-2"):
+        (out / ".quantkit" / name).unlink()
+    for done in (cli("finish", str(out)), quantize(source, out, "--part", "1/2")):
+        refused(done, "and not job.json")
+        assert "delete the folder" in done.stderr
+    (tmp_path / "file").write_text("x")
+    refused(cli("finish", str(tmp_path / "file")), "that is a file, not a folder")
+
+
+def test_below_the_home_folder(source: Path, tmp_path: Path) -> None:
+    """A path that no shell has looked at."""
+    env = {**os.environ, "HOME": str(tmp_path)}
+    words = ["quantize", str(source), "-o", "~/out", *OPTIONS, "--part", "1/1"]
+    for line in (words, ["finish", "~/out", "--quiet"], ["verify", "~/out", "--quick", "--quiet"]):
+        done = warm.run(line, cwd=tmp_path, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "config.json").exists()

@@ -223,6 +223,16 @@ def test_torn_journal(source: Path, reference: dict[str, str], tmp_path: Path) -
     assert_finished(source, out, reference)
 
 
+def test_no_journal_beside_files_that_are_whole(source: Path, tmp_path: Path) -> None:
+    """--force does not delete weights of which nothing says that they are ours: it is not what helps."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model-00001-of-00004.safetensors").write_bytes(b"x")
+    done = finish(source, out)
+    assert done.returncode == 2
+    assert_three_lines(done.stderr, "is not empty (model-00001", "name another -o, or empty it")
+
+
 def test_another_plan_does_not_take_over(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stop_at(source, out, lines(4), signal.SIGKILL)

@@ -1,9 +1,9 @@
 """The journal of an unfinished run: which units are safely on disk, and what was measured of them.
 
-A line is the CRC-32 of a JSON object, in hexadecimal, and that. The first binds the run to its plan. From one that was
-torn by a crash, or altered, nothing counts any more, and is done again: a digit of a SHA-256 or of an error would get
-into manifest and card. It stays in the file until something is appended: who only looks, changes nothing. The file is
-locked while a run writes to it.
+A line is a CRC-32, in hexadecimal, which goes on from that of the line before, and a JSON object. The first binds the
+run to its plan. From one that was torn by a crash, or altered, or whose predecessor is gone, nothing counts any more,
+and is done again: a digit of a SHA-256 or of an error would get into manifest and card. It stays in the file until
+something is appended: who only looks, changes nothing. The file is locked while a run writes to it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Journal:
     def _load(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         forget_pages(self._fd)
         raw = self.path.read_bytes()
-        good, position = _whole_lines(raw)
+        good, position, self._crc = _whole_lines(raw)
         damaged = b"\n" in raw[position:]
         self.damage = (
             f"{self.path} is not as it was written; what it no longer speaks of is done again" if damaged else ""
@@ -68,17 +68,21 @@ class Journal:
     def start(self, head: dict[str, Any]) -> None:
         """Begins anew: forgets what was there, writes the first line."""
         os.ftruncate(self._fd, 0)
-        self._size = self._good = 0
+        self._size = self._good = self._crc = 0
         self.head, self.entries = head, []
         self.append([head])
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Durable on return; RunError if the disk is full, or if somebody else wrote to the journal, on a filesystem
         that only seems to lock. The caller has synced the data that the entries speak of."""
-        raw = b"".join(map(_line, entries))
-        view = memoryview(raw)
         try:
             with self._lock:
+                crc, lines = self._crc, []
+                for entry in entries:
+                    line, crc = _line(entry, crc)
+                    lines.append(line)
+                raw = b"".join(lines)
+                view = memoryview(raw)
                 if os.fstat(self._fd).st_size != self._size:
                     raise RunError(
                         "another process writes to the same journal",
@@ -90,6 +94,7 @@ class Journal:
                 while view:
                     view = view[os.write(self._fd, view) :]
                 self._size = self._good = self._good + len(raw)
+                self._crc = crc
                 sync_data(self._fd)
         except OSError as e:
             raise write_error(e, self.path) from None
@@ -112,7 +117,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
     try:
         with path.open("rb") as f:
             forget_pages(f.fileno())
-            good, _ = _whole_lines(f.read())
+            good, _, _ = _whole_lines(f.read())
     except OSError as e:
         if e.errno not in GONE:
             raise
@@ -120,26 +125,29 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]
     return (good[0], good[1:]) if good else (None, [])
 
 
-def _whole_lines(raw: bytes) -> tuple[list[dict[str, Any]], int]:
-    """What counts of a journal, and how many bytes that are."""
-    good, position = [], 0
+def _whole_lines(raw: bytes) -> tuple[list[dict[str, Any]], int, int]:
+    """What counts of a journal, how many bytes that are, and the last one's CRC-32."""
+    good, position, crc = [], 0, 0
     while (end := raw.find(b"\n", position)) >= 0:
-        if (entry := _read(raw[position:end])) is None:
+        if (entry := _read(raw[position:end], crc)) is None:
             break
         good.append(entry)
+        crc = int(raw[position : position + 8], 16)
         position = end + 1
-    return good, position
+    return good, position, crc
 
 
-def _line(entry: dict[str, Any]) -> bytes:
+def _line(entry: dict[str, Any], before: int) -> tuple[bytes, int]:
+    """With its CRC-32; before: that of the line before."""
     raw = json.dumps(entry).encode()
-    return b"%08x %s\n" % (zlib.crc32(raw), raw)
+    crc = zlib.crc32(raw, before)
+    return b"%08x %s\n" % (crc, raw), crc
 
 
-def _read(line: bytes) -> dict[str, Any] | None:
-    """None for one that is not as it was written."""
+def _read(line: bytes, before: int) -> dict[str, Any] | None:
+    """None for one that is not as it was written, or where."""
     crc, _, raw = line.partition(b" ")
-    if crc != b"%08x" % zlib.crc32(raw):
+    if crc != b"%08x" % zlib.crc32(raw, before):
         return None
     try:
         entry = json.loads(raw)

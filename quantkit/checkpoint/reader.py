@@ -7,6 +7,7 @@ the caller's decision. Works for safetensors and for torch zip files alike, beca
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -172,7 +173,9 @@ class SourceFiles:
                         self._direct[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | DIRECT)
         except OSError as e:
             self.__exit__()
-            raise RunError(f"{name} cannot be opened: {e.strerror}", where=str(self.folder)) from None
+            many = e.errno in (errno.EMFILE, errno.ENFILE)
+            hint = "allow more files to be open: ulimit -n" if many else "see who may read it, and from where"
+            raise RunError(f"{name} cannot be opened: {e.strerror}", where=str(self.folder), hint=hint) from None
         return self
 
     def __exit__(self, *_: object) -> None:

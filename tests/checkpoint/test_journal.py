@@ -45,6 +45,22 @@ def test_whatever_byte_was_altered(written: bytes, tmp_path: Path) -> None:
             journal.close()
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_line_that_is_gone(gone: int, written: bytes, tmp_path: Path) -> None:
+    """What comes behind speaks as if nothing were missing."""
+    lines = written.splitlines(keepends=True)
+    journal = reopened(tmp_path, b"".join(lines[:gone] + lines[gone + 1 :]))
+    assert [journal.head, *journal.entries] == ([HEAD, *ENTRIES][:gone] or [None])
+    assert journal.damage
+
+
+def test_lines_that_changed_places(written: bytes, tmp_path: Path) -> None:
+    first, second, third, fourth = written.splitlines(keepends=True)
+    journal = reopened(tmp_path, first + third + second + fourth)
+    assert (journal.head, journal.entries) == (HEAD, [])
+    assert journal.damage
+
+
 def test_wherever_it_was_torn(written: bytes, tmp_path: Path) -> None:
     for size in range(len(written)):
         journal = reopened(tmp_path, written[:size])
