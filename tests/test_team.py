@@ -245,12 +245,12 @@ def test_what_is_wrong_for_all(work: Path) -> None:
 def test_a_source_that_changes_on_another_machine(work: Path) -> None:
     """Where each has a copy: nobody else can see it."""
     for place in ("here", "there"):
-        shutil.copytree(work / "model", work / place / "model", copy_function=shutil.copy2)
-    started = started_by_rank(work, *[line("gptq", f"{place}/model", "changed") for place in ("here", "there")])
+        shutil.copytree(work / "model", work / "copies" / place / "model", copy_function=shutil.copy2)
+    started = started_by_rank(work, *[line("gptq", f"copies/{place}/model", "changed") for place in ("here", "there")])
     journal = work / "changed" / ".quantkit" / "journal"
     while not journal.exists() and started[0].poll() is None:
         time.sleep(0.005)
-    (file,) = (work / "there" / "model").glob("*.safetensors")
+    (file,) = (work / "copies" / "there" / "model").glob("*.safetensors")
     os.utime(file)
     (_, leader), (_, other) = [process.communicate(timeout=120) for process in started]
     assert [process.wait() for process in started] == [1, 1], leader + other
