@@ -108,6 +108,15 @@ def interrupted(run: Callable[[], object], noted: int) -> None:
             run()
 
 
+def flip(path: Path, offset: int) -> None:
+    """Alters a bit of the byte there."""
+    with path.open("r+b") as f:
+        f.seek(offset)
+        (byte,) = f.read(1)
+        f.seek(offset)
+        f.write(bytes([byte ^ 1]))
+
+
 def journal_lines(out: Path) -> int:
     try:
         return (out / ".quantkit" / "journal").read_bytes().count(b"\n")

@@ -15,7 +15,7 @@ import pytest
 import warm
 from conftest import make_tiny
 from eval_models import text_of
-from resuming import OPTIONS, assert_three_lines, at, digests, interrupted, lines, make_source
+from resuming import OPTIONS, assert_three_lines, at, digests, flip, interrupted, lines, make_source
 
 import quantkit
 from quantkit import runner
@@ -29,14 +29,6 @@ from quantkit.plans import Plan
 
 ALTERED = "is not on disk as it was written"
 LINEAR = "model.layers.0.self_attn.q_proj.weight"
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as f:
-        f.seek(offset)
-        (byte,) = f.read(1)
-        f.seek(offset)
-        f.write(bytes([byte ^ 1]))
 
 
 @pytest.fixture(scope="module")

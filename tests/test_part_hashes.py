@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import warm
-from resuming import OPTIONS, digests, make_source
+from resuming import OPTIONS, digests, flip, make_source
 
 import quantkit
 from quantkit import api, parts
@@ -48,14 +48,6 @@ def parts_done(source: Path, out: Path, numbers: Sequence[int], count: int) -> N
     for n in numbers:
         done = quantize(source, out, "--part", f"{n}/{count}")
         assert done.returncode == 0, done.stderr
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as f:
-        f.seek(offset)
-        (byte,) = f.read(1)
-        f.seek(offset)
-        f.write(bytes([byte ^ 1]))
 
 
 @pytest.fixture
