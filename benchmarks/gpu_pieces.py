@@ -30,7 +30,7 @@ from quantkit.methods.exl2_format import Mix
 from quantkit.solvers import exl2, gptq
 from quantkit.solvers.columns import solve_columns
 from quantkit.solvers.factor import Factor
-from quantkit.solvers.grids import Grid, search_scales
+from quantkit.solvers.grids import Columns, Grid, search_scales
 from quantkit.solvers.projection import uniform
 from quantkit.solvers.refine import descend, refit
 from quantkit.solvers.threads import in_threads, parts
@@ -264,8 +264,9 @@ def pieces(job: Job, weight: Tensor, hessian: Tensor) -> Factor:
     assert factor is not None
     aim, ridge = weight.float(), factor.damp * factor.scale
     importance, group = hessian.diagonal() / factor.scale + SETTINGS.damp, grid.natural(n, weight.device)
+    columns = Columns.of(grid, group, importance)
     cost = (4 * every + scaled, GPTQ_SEARCH * every)
-    searched = job("scales", cost, lambda: job.by_rows(lambda p: search_scales(aim[p], grid, importance, group)))
+    searched = job("scales", cost, lambda: job.by_rows(lambda p: search_scales(aim[p], grid, columns)))
     scales, zeros = (torch.cat(column) for column in zip(*searched, strict=True))
     projection = uniform(grid.bits, scales, zeros, group)
     cost = (5 * every + 2 * square + scaled, r * square)

@@ -22,13 +22,35 @@ def nearest(level, low, high):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def row_products(a, b, out):  # type: ignore[no-untyped-def]
-    """out[r] = Σ a[r]·b[r] of two float32 [rows, n]; out float64 [rows]."""
+def add_products(a, b, first, times, out):  # type: ignore[no-untyped-def]
+    """out[r] += times · Σ a[r]·b[r, first:], a float32 [rows, width], b float32 [rows, n]; out float64 [rows]."""
     for r in range(a.shape[0]):
         total = 0.0
         for i in range(a.shape[1]):
-            total += np.float64(a[r, i]) * np.float64(b[r, i])
-        out[r] = total
+            total += np.float64(a[r, i]) * np.float64(b[r, first + i])
+        out[r] += times * total
+
+
+@njit(nogil=True, cache=True)
+def take_block(weight, column, lower, first, target, triangle):  # type: ignore[no-untyped-def]
+    """Copies what `round_block` reads of a block of positions: `target` float32 [rows, width] from `weight` float32
+    [rows, n], position p being column[p]; `triangle` float32 [width, width] from `lower` float32 [n, n]."""
+    width = target.shape[1]
+    for r in range(target.shape[0]):
+        for k in range(width):
+            target[r, k] = weight[r, column[first + k]]
+    for k in range(width):
+        for j in range(width):
+            triangle[k, j] = lower[first + k, first + j]
+
+
+@njit(nogil=True, cache=True)
+def subtract_levels(target, codes, scales, zeros, group, out):  # type: ignore[no-untyped-def]
+    """out = target − (code − zero) · scale, float32 [rows, n]; codes uint8, group int32 [n], the rest by group."""
+    for r in range(target.shape[0]):
+        for k in range(target.shape[1]):
+            g = group[k]
+            out[r, k] = target[r, k] - (np.float32(codes[r, k]) - zeros[r, g]) * scales[r, g]
 
 
 @njit(nogil=True, cache=True)

@@ -47,5 +47,22 @@ def descend_block(  # type: ignore[no-untyped-def]
             codes[r, c] = np.uint8(better + zero)
             errors[r, c] -= move
             beside = curvature[k]
-            for j in range(width):
+            for j in range(k + 1, width):  # no column is visited twice
                 slope[j] -= move * beside[j]
+
+
+@njit(nogil=True, cache=True)
+def damp_block(hessian, errors, first, ridge, gradient, curvature):  # type: ignore[no-untyped-def]
+    """What `descend_block` reads of a block of columns, from H and errors @ H, where the loss has a ridge.
+
+    hessian: float32 [n, n]; errors: float32 [rows, n]. Changed: `gradient` float32 [rows, width]. Written: `curvature`
+    float32 [width, width].
+    """
+    width = gradient.shape[1]
+    for k in range(width):
+        for j in range(width):
+            curvature[k, j] = hessian[first + k, first + j]
+        curvature[k, k] += ridge
+    for r in range(gradient.shape[0]):
+        for k in range(width):
+            gradient[r, k] += ridge * errors[r, first + k]

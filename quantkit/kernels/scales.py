@@ -16,7 +16,7 @@ SMALLEST_NORMAL = np.float32(2.0**-14)
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _to_half(values, bits):  # type: ignore[no-untyped-def]
+def to_half(values, bits):  # type: ignore[no-untyped-def]
     """float32 → the nearest float16, as float32; never 0 and never beyond 65504. `bits` are those of `values`."""
     for c in range(values.size):
         v = values[c]
@@ -91,7 +91,7 @@ def search(  # type: ignore[no-untyped-def]
                     scale[c] = sign * (ratios[c] * span / middle)
                     scale[ratios.size + c] = -scale[c]
                 zero[:] = middle
-                _to_half(scale, scale_bits)
+                to_half(scale, scale_bits)
             else:
                 # Without a negative weight the zero point would be 0, which the format cannot say: count downwards.
                 sign = np.float32(-1) if least == 0 else np.float32(1)
@@ -99,7 +99,7 @@ def search(  # type: ignore[no-untyped-def]
                 for k in range(ratios.size):
                     for m in range(shifts.size):
                         scale[k * shifts.size + m] = sign * ((most - least) * (ratios[k] * span / top))
-                _to_half(scale, scale_bits)
+                to_half(scale, scale_bits)
                 for k in range(ratios.size):
                     for m in range(shifts.size):
                         c = k * shifts.size + m
@@ -125,7 +125,7 @@ def search(  # type: ignore[no-untyped-def]
                 if dd == 0:
                     break
                 one[0] = wd / dd * span
-                _to_half(one, one_bits)
+                to_half(one, one_bits)
                 if one[0] == chosen or (one[0] < 0) != (chosen < 0):
                     break
                 scale[0] = one[0] / span

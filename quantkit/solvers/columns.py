@@ -8,11 +8,13 @@ Babai's nearest plane. It gives what GPTQ gives (Frantar et al. 2022) and needs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.kernels.columns import round_block
+from quantkit.kernels.columns import round_block, take_block
 from quantkit.solvers.factor import Factor
 from quantkit.solvers.projection import Projection, arrays, nearest
 
@@ -24,36 +26,56 @@ def solve_columns(target: Tensor, factor: Factor, projection: Projection) -> Ten
 
     target: float32 [rows, columns], finite. Held beside it: one more matrix of its size.
     """
+    solve = _solve_numba if target.device.type == "cpu" else partial(_solve_blocks, _on_gpu(target))
     position = factor.position
     by_position = (position, projection.group[position], projection.top[position])
-    shifted = target[:, position]
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-    for stop in range(target.shape[1], 0, -BLOCK):
-        start = max(0, stop - BLOCK)
-        block = target[:, position[start:stop]]
-        triangle = factor.lower[start:stop, start:stop].contiguous()
-        solve = _block_numba if target.device.type == "cpu" else _on_gpu(target)
-        errors = solve(start, shifted, block, triangle, by_position, projection, codes)
-        if start:
-            shifted[:, :start].addmm_(errors, factor.lower[start:stop, :start])
+    solve(target, target[:, position], factor.lower, by_position, projection, codes)
     return codes
 
 
-def _block_numba(
-    start: int,
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    """(start, stop) of runs of positions, the last first."""
+    return [(max(0, stop - BLOCK), stop) for stop in range(columns, 0, -BLOCK)]
+
+
+def _solve_numba(
+    target: Tensor,
     shifted: Tensor,
-    block: Tensor,
-    triangle: Tensor,
+    lower: Tensor,
     by_position: tuple[Tensor, Tensor, Tensor],
     projection: Projection,
     codes: Tensor,
-) -> Tensor:
-    errors = torch.empty_like(block)
+) -> None:
+    """In as few calls of torch as can be: threads that make many of them wait for each other."""
     masked, keep = projection.mask()
     read = arrays(*by_position, projection.scales, projection.zeros)
-    moving = arrays(shifted, block, triangle)
-    round_block(*moving, start, *read, masked, *arrays(keep, codes, errors))
-    return errors
+    weight, moving, triangle, kept, found = arrays(target.contiguous(), shifted, lower, keep, codes)
+    for start, stop in _blocks(target.shape[1]):
+        width = stop - start
+        own, errors = np.empty((2, len(weight), width), np.float32)
+        square = np.empty((width, width), np.float32)
+        take_block(weight, read[0], triangle, start, own, square)
+        round_block(moving, own, square, start, *read, masked, kept, found, errors)
+        if start:
+            shifted[:, :start].addmm_(torch.from_numpy(errors), lower[start:stop, :start])
+
+
+def _solve_blocks(
+    solve: Callable[..., Tensor],
+    target: Tensor,
+    shifted: Tensor,
+    lower: Tensor,
+    by_position: tuple[Tensor, Tensor, Tensor],
+    projection: Projection,
+    codes: Tensor,
+) -> None:
+    for start, stop in _blocks(target.shape[1]):
+        block = target[:, by_position[0][start:stop]]
+        triangle = lower[start:stop, start:stop].contiguous()
+        errors = solve(start, shifted, block, triangle, by_position, projection, codes)
+        if start:
+            shifted[:, :start].addmm_(errors, lower[start:stop, :start])
 
 
 def _on_gpu(target: Tensor) -> Callable[..., Tensor]:

@@ -23,7 +23,7 @@ from quantkit.solvers.gptq import Solved, processing_order, report_of
 from quantkit.solvers.grids import normalized
 from quantkit.solvers.projection import Projection, residual, round_all
 from quantkit.solvers.quadratic import row_losses
-from quantkit.solvers.refine import descend, refit
+from quantkit.solvers.refine import descend, middles, refit
 from quantkit.solvers.team import ALONE, Team
 from quantkit.solvers.threads import parts
 
@@ -60,15 +60,10 @@ class _Scales:
         real = levels.gather(1, codes.T.long()).T.contiguous()
         return _Scales(codes, maxima, real, levels)
 
-    def snap(self, group: int, wanted: Tensor) -> Tensor:
-        """The nearest allowed scale, float32 like `wanted` [rows]."""
-        return self.levels[group][nearest_level(self.levels[group], wanted)]
-
 
 def nearest_level(levels: Tensor, wanted: Tensor) -> Tensor:
     """int64 [rows]: of rising levels, the one nearest to each number wanted."""
-    middles = ((levels[1:].double() + levels[:-1].double()) / 2).contiguous()
-    return torch.searchsorted(middles, wanted.double().contiguous())
+    return torch.searchsorted(middles(levels), wanted.double().contiguous())
 
 
 def search(weight: Tensor, groups: Groups, group: Tensor, importance: Tensor | None, team: Team = ALONE) -> _Scales:
@@ -153,7 +148,7 @@ def solve(
             ridge = factor.damp * factor.scale
             for _ in range(max(work.refits, 1)):
                 if work.refits:
-                    own = refit(wanted, hessian, own, found, ridge, onto=scales.snap)
+                    own = refit(wanted, hessian, own, found, ridge, scales.levels)
                 for _ in range(work.passes):
                     descend(wanted, hessian, own, found, ridge)
             lost[part] = row_losses(residual(wanted, found, own), hessian, unit)

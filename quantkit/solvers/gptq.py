@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.solvers.coded import Coded
 from quantkit.solvers.columns import solve_columns
 from quantkit.solvers.factor import Factor, factorize, mean_diagonal
-from quantkit.solvers.grids import Grid, coded, search_scales
+from quantkit.solvers.grids import Columns, Grid, coded, search_scales
 from quantkit.solvers.projection import Projection, residual, round_all, uniform
 from quantkit.solvers.quadratic import row_losses, total
 from quantkit.solvers.refine import descend, refit
@@ -149,12 +149,13 @@ def _solve(
     group = grid.natural(weight.shape[1], weight.device)
     if settings.order == "group":
         group = torch.empty_like(group).index_copy(0, order, group)
+    columns = Columns.of(grid, group, importance)
     scale = mean_diagonal(hessian)
     found = _Rows(weight, grid.groups(weight.shape[1]))
 
     def some(rows: slice, factor: Factor | None) -> None:
         aim, kept = target[rows].float(), None if keep is None else keep[rows]
-        scales, found.zeros[rows] = search_scales(aim if kept is None else aim * kept, grid, importance, group)
+        scales, found.zeros[rows] = search_scales(aim if kept is None else aim * kept, grid, columns)
         projection = uniform(grid.bits, scales, found.zeros[rows], group, kept)
         codes = round_all(aim, projection)
         found.sizes[rows] = row_losses(weight[rows].float(), hessian, scale)

@@ -61,30 +61,47 @@ def ratios(grid: Grid) -> Tensor:
     return torch.linspace(most, SMALLEST_RATIO[grid.bits], RATIOS, dtype=torch.float64).float()
 
 
-def search_scales(
-    weight: Tensor, grid: Grid, importance: Tensor | None = None, group: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(scales float16 [rows, groups], zeros uint8 [rows, groups]) with the least Σ importance·(w − ŵ)² found.
+@dataclass(frozen=True)
+class Columns:
+    """What a search needs to know of a weight's columns, the same for all of its rows.
 
-    weight: float32 [rows, columns], finite. importance: float32 [columns], not negative: the diagonal of the Hessian; a
-    group without any counts every column alike. group: int32 [columns], the group of each column, natural by default.
-    No scale is 0; a group of zeros has scale 1.
+    order: int64 [columns], those of one group side by side; None where they are. edges: int64 [groups + 1], where each
+    group begins in that order. weighing: float32 [columns], in that order, how much each column's error counts.
     """
-    rows, columns = weight.shape
-    group = grid.natural(columns, weight.device) if group is None else group
-    order = group.long().argsort(stable=True)
-    edges = torch.cat([order.new_zeros(1), group.long().bincount(minlength=grid.groups(columns)).cumsum(0)])
-    weight = weight.contiguous() if bool((order[1:] > order[:-1]).all()) else weight[:, order]
-    weighing = normalized(importance, group)[order]
+
+    order: Tensor | None
+    edges: Tensor
+    weighing: Tensor
+
+    @staticmethod
+    def of(grid: Grid, group: Tensor, importance: Tensor | None = None) -> Columns:
+        """group: int32 [columns]. importance: float32 [columns], not negative: the diagonal of the Hessian; a group
+        without any counts every column alike."""
+        order = group.long().argsort(stable=True)
+        counts = group.long().bincount(minlength=grid.groups(len(group)))
+        natural = bool((order[1:] > order[:-1]).all())
+        weighing = normalized(importance, group)[order]
+        return Columns(None if natural else order, torch.cat([order.new_zeros(1), counts.cumsum(0)]), weighing)
+
+
+def search_scales(weight: Tensor, grid: Grid, columns: Columns | None = None) -> tuple[Tensor, Tensor]:
+    """(scales float16 [rows, groups], zeros uint8 [rows, groups]) with the least Σ weighing·(w − ŵ)² found.
+
+    weight: float32 [rows, columns], finite. columns: by default groups are runs, and all columns count alike. No scale
+    is 0; a group of zeros has scale 1.
+    """
+    columns = Columns.of(grid, grid.natural(weight.shape[1], weight.device)) if columns is None else columns
+    weight = weight.contiguous() if columns.order is None else weight[:, columns.order]
     tried, shifts = ratios(grid), torch.tensor(SHIFTS)
-    scales = torch.empty((rows, edges.numel() - 1), device=weight.device)
+    scales = torch.empty((weight.shape[0], columns.edges.numel() - 1), device=weight.device)
     zeros = torch.empty_like(scales)
     if weight.device.type == "cpu":
-        read = arrays(weight, weighing, edges)
+        read = arrays(weight, columns.weighing, columns.edges)
         options = (grid.symmetric, np.float32(grid.top), *arrays(tried, shifts), POLISH)
         search(*read, *options, *arrays(scales, zeros))
     else:
-        search_torch(weight, weighing, edges, grid.symmetric, grid.top, tried, shifts, POLISH, scales, zeros)
+        options = (grid.symmetric, grid.top, tried, shifts, POLISH)
+        search_torch(weight, columns.weighing, columns.edges, *options, scales, zeros)
     return scales.half(), zeros.to(torch.uint8)
 
 
@@ -114,10 +131,11 @@ def rtn(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Coded:
     """Round to nearest: every weight for itself, on scales from `search_scales`. weight: [rows, columns] of any
     float type."""
     group = grid.natural(weight.shape[1], weight.device)
+    columns = Columns.of(grid, group, importance)
 
     def some(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         aim = weight[rows].float()
-        scales, zeros = search_scales(aim, grid, importance)
+        scales, zeros = search_scales(aim, grid, columns)
         return round_to_grid(aim, scales, zeros, group, grid.bits), scales, zeros
 
     found = in_threads(some, parts(weight.shape[0], weight.device, weight.shape[1]), weight.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels.columns import round_rows
+from quantkit.kernels.columns import round_rows, subtract_levels
 
 CHUNK = 256  # rows at a time where a temporary is as large as its rows
 
@@ -85,6 +85,11 @@ def chunks(rows: int) -> list[slice]:
 
 def residual(target: Tensor, codes: Tensor, projection: Projection) -> Tensor:
     """target − ŵ, float32 [rows, columns]. codes: uint8 of that shape."""
+    if target.device.type == "cpu":
+        out = torch.empty(target.shape)
+        read = (codes, projection.scales, projection.zeros, projection.group)
+        subtract_levels(*arrays(target.contiguous(), *read, out))
+        return out
     out = torch.empty_like(target)
     group = projection.group.long()
     for rows in chunks(target.shape[0]):

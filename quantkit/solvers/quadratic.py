@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.kernels.columns import row_products as kernel
+from quantkit.kernels.columns import add_products
 from quantkit.solvers.projection import arrays
 
 BLOCK = 512
@@ -21,20 +21,22 @@ def row_losses(errors: Tensor, hessian: Tensor, scale: float = 1.0) -> Tensor:
     scaled = errors / scale
     for start in range(0, errors.shape[1], BLOCK):
         stop = min(start + BLOCK, errors.shape[1])
-        losses += row_products(scaled[:, start:stop] @ hessian[start:stop, start:stop], errors[:, start:stop])
+        _add(scaled[:, start:stop] @ hessian[start:stop, start:stop], errors, start, 1.0, losses)
         if stop < errors.shape[1]:
-            right = scaled[:, stop:] @ hessian[stop:, start:stop]
-            losses += row_products(right, errors[:, start:stop]).mul_(2)
+            _add(scaled[:, stop:] @ hessian[stop:, start:stop], errors, start, 2.0, losses)
     return losses
+
+
+def _add(products: Tensor, errors: Tensor, start: int, times: float, losses: Tensor) -> None:
+    if errors.device.type == "cpu":
+        add_products(*arrays(products, errors), start, times, losses.numpy())
+    else:
+        losses += row_products(products, errors[:, start : start + products.shape[1]]).mul_(times)
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """float64 [rows]: Σ a·b of every row of two float32 [rows, n]."""
-    if a.device.type != "cpu":
-        return (a * b).sum(1, dtype=torch.float64)
-    out = torch.empty(a.shape[0], dtype=torch.float64)
-    kernel(*arrays(a.contiguous(), b.contiguous(), out))
-    return out
+    return (a * b).sum(1, dtype=torch.float64)
 
 
 def total(losses: Tensor) -> float:

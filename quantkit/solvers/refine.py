@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.kernels.descent import MARGIN, descend_block
+from quantkit.kernels.descent import MARGIN, damp_block, descend_block
+from quantkit.kernels.refit import fit_group, take_levels
 from quantkit.solvers.projection import Projection, arrays, residual
 from quantkit.solvers.quadratic import row_products
 
@@ -28,22 +32,31 @@ def descend(target: Tensor, hessian: Tensor, projection: Projection, codes: Tens
     place. Held beside them: one more float32 matrix like the target.
     """
     errors = residual(target, codes, projection)
-    for start in range(0, target.shape[1], BLOCK):
-        stop = min(start + BLOCK, target.shape[1])
+    visit = _descend_numba if target.device.type == "cpu" else partial(_descend_blocks, _on_gpu(target))
+    visit(hessian, projection, codes, errors, ridge)
+
+
+def _descend_numba(hessian: Tensor, projection: Projection, codes: Tensor, errors: Tensor, ridge: float) -> None:
+    """In as few calls of torch as can be: threads that make many of them wait for each other."""
+    masked, keep = projection.mask()
+    grid = arrays(projection.group, projection.top, projection.scales, projection.zeros)
+    square, error, kept, found = arrays(hessian, errors, keep, codes)
+    for start in range(0, len(hessian), BLOCK):
+        gradient = torch.mm(errors, hessian[:, start : start + BLOCK]).numpy()
+        curvature = np.empty((gradient.shape[1],) * 2, np.float32)
+        damp_block(square, error, start, np.float32(ridge), gradient, curvature)
+        descend_block(gradient, curvature, start, *grid, masked, kept, found, error)
+
+
+def _descend_blocks(
+    visit: Callable[..., None], hessian: Tensor, projection: Projection, codes: Tensor, errors: Tensor, ridge: float
+) -> None:
+    for start in range(0, len(hessian), BLOCK):
+        stop = min(start + BLOCK, len(hessian))
         gradient = _damped(errors, hessian[:, start:stop], errors[:, start:stop], ridge)
         curvature = hessian[start:stop, start:stop].clone()
         curvature.diagonal().add_(ridge)
-        visit = _block_numba if target.device.type == "cpu" else _on_gpu(target)
         visit(start, gradient, curvature, projection, codes, errors)
-
-
-def _block_numba(
-    first: int, gradient: Tensor, curvature: Tensor, projection: Projection, codes: Tensor, errors: Tensor
-) -> None:
-    masked, keep = projection.mask()
-    grid = arrays(projection.group, projection.top, projection.scales, projection.zeros)
-    changed = arrays(keep, codes, errors)
-    descend_block(*arrays(gradient, curvature), first, *grid, masked, *changed)
 
 
 def _on_gpu(target: Tensor) -> Callable[..., None]:
@@ -84,42 +97,85 @@ def _block_torch(
         gradient.addmm_(move[:, None], curvature[k : k + 1], alpha=-1)
 
 
-def _half(_: int, wanted: Tensor) -> Tensor:
-    return wanted.clamp(-LARGEST, LARGEST).half().float()
-
-
 def refit(
     target: Tensor,
     hessian: Tensor,
     projection: Projection,
     codes: Tensor,
     ridge: float = 0.0,
-    onto: Callable[[int, Tensor], Tensor] = _half,
+    allowed: Tensor | None = None,
 ) -> Projection:
-    """The projection with better scales for the codes it has, a row's taken where its loss falls. onto: of a group, by
-    number, the scales nearest to those wanted that can be written, float16 numbers by default.
+    """The projection with better scales for the codes it has, a row's taken where its loss falls.
 
     Group after group, each the best given all others and rounded before the next, which so makes up for the rounding.
     All groups of a row at once are a system of equations; a sweep comes within a thousandth of what its solution gains
     (12 matrices of SmolLM2-135M), and needs no matrix of groups by groups for each row.
-    target: float32 [rows, columns]. hessian: float32 [columns, columns]. codes: uint8 like the target.
+    target: float32 [rows, columns]. hessian: float32 [columns, columns]. codes: uint8 like the target. allowed: float32
+    [groups, m], rising: the scales that can be written for each group, every float16 but 0 by default.
     """
     errors = residual(target, codes, projection)
     scales = projection.scales.clone()
-    for group in range(scales.shape[1]):
-        columns = _members(projection.group, group)
-        levels = codes[:, columns].float() - projection.zeros[:, group : group + 1]
-        across = hessian[:, columns]
-        slope = row_products(_damped(errors, across, errors[:, columns], ridge), levels)
-        bend = row_products(_damped(levels, across[columns], levels, ridge), levels)
-        step = torch.where(bend > 0, slope / bend, torch.zeros_like(bend))
-        better = onto(group, scales[:, group].double() + step)
+    fit = _fit_numba if target.device.type == "cpu" else _fit_torch
+    fit(errors, hessian, projection, codes, scales, ridge, allowed)
+    return replace(projection, scales=scales)
+
+
+def _fit_numba(
+    errors: Tensor,
+    hessian: Tensor,
+    projection: Projection,
+    codes: Tensor,
+    scales: Tensor,
+    ridge: float,
+    allowed: Tensor | None,
+) -> None:
+    found, zeros, real, error = arrays(codes, projection.zeros, scales, errors)
+    none = torch.empty((scales.shape[1], 0))
+    between, snaps = arrays(*((none.double(), none) if allowed is None else (middles(allowed), allowed)))
+    order, edges, runs = _members(projection.group)
+    columns = order.numpy()
+    for group, (start, stop) in enumerate(edges):
+        place, levels = columns[start:stop], np.empty((len(error), stop - start), np.float32)
+        take_levels(found, zeros, group, place, levels)
+        run = slice(start, stop) if runs else order[start:stop]
+        across = hessian[:, run]
+        products = torch.mm(torch.from_numpy(levels), across[run]).numpy()
+        gradient = torch.mm(errors, across).numpy()
+        read = (gradient, products, levels, np.float32(ridge), group, place, between[group], snaps[group])
+        fit_group(*read, real, error)
+
+
+def _fit_torch(
+    errors: Tensor,
+    hessian: Tensor,
+    projection: Projection,
+    codes: Tensor,
+    scales: Tensor,
+    ridge: float,
+    allowed: Tensor | None,
+) -> None:
+    """The same in torch, a group at a time for all rows."""
+    order, edges, runs = _members(projection.group)
+    for group, (start, stop) in enumerate(edges):
+        run = slice(start, stop) if runs else order[start:stop]
+        levels = codes[:, run].float() - projection.zeros[:, group : group + 1]
+        across = hessian[:, run]
+        slope = row_products(_damped(errors, across, errors[:, run], ridge), levels)
+        bend = row_products(_damped(levels, across[run], levels, ridge), levels)
+        wanted = scales[:, group].double() + torch.where(bend > 0, slope / bend, torch.zeros_like(bend))
+        if allowed is None:
+            better = wanted.clamp(-LARGEST, LARGEST).half().float()
+        else:
+            better = allowed[group][torch.searchsorted(middles(allowed[group]), wanted)]
         move = (better - scales[:, group]).double()
         wins = (2 * move * slope > (1 + float(MARGIN)) * move.square() * bend) & (better != 0)
-        move = torch.where(wins, move, torch.zeros_like(move)).float()
-        scales[:, group] += move
-        errors[:, columns] -= levels.mul_(move[:, None])
-    return replace(projection, scales=scales)
+        scales[:, group] = torch.where(wins, better, scales[:, group])
+        errors[:, run] -= levels.mul_(torch.where(wins, move, torch.zeros_like(move)).float()[:, None])
+
+
+def middles(levels: Tensor) -> Tensor:
+    """float64 [..., m − 1]: what lies between rising levels, float32 [..., m]."""
+    return ((levels[..., 1:].double() + levels[..., :-1].double()) / 2).contiguous()
 
 
 def _damped(a: Tensor, b: Tensor, c: Tensor, ridge: float) -> Tensor:
@@ -127,8 +183,8 @@ def _damped(a: Tensor, b: Tensor, c: Tensor, ridge: float) -> Tensor:
     return torch.mm(a, b).add_(c, alpha=ridge)
 
 
-def _members(group: Tensor, number: int) -> Tensor | slice:
-    """The columns of a group: a slice, so that nothing is copied, where they are a run."""
-    columns = (group == number).nonzero().flatten()
-    first, last = int(columns[0]), int(columns[-1])
-    return slice(first, last + 1) if last - first + 1 == columns.numel() else columns
+def _members(group: Tensor) -> tuple[Tensor, list[tuple[int, int]], bool]:
+    """int64 [columns], those of one group side by side; from where to where each group is; and whether this is the
+    order they are in, so that nothing need be copied."""
+    order, edges = group.long().argsort(stable=True), [0, *group.long().bincount().cumsum(0).tolist()]
+    return order, [*pairwise(edges)], bool((order[1:] > order[:-1]).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_twin_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for projection in (whole, mixed(9, 300)):
         codes = solve_columns(weight, factor_of(hessian, order), projection)
         with monkeypatch.context() as patch:
-            patch.setattr(columns, "_block_numba", columns._block_torch)
+            patch.setattr(columns, "_solve_numba", partial(columns._solve_blocks, columns._block_torch))
             twin = solve_columns(weight, factor_of(hessian, order), projection)
         assert torch.equal(codes, twin)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.solvers import grids
 from quantkit.solvers.coded import Coded
-from quantkit.solvers.grids import Grid, ratios, round_to_grid, rtn, search_scales
+from quantkit.solvers.grids import Columns, Grid, ratios, round_to_grid, rtn, search_scales
 from quantkit.solvers.scales_torch import search_torch
 
 BITS = [2, 3, 4, 8]
@@ -177,9 +177,9 @@ def test_groups_of_any_columns(bits: int, symmetric: bool) -> None:
     order = torch.randperm(100, generator=torch.Generator().manual_seed(3))
     group = torch.empty(100, dtype=torch.int32)
     group[order] = grid.natural(100)
-    scattered = search_scales(weight, grid, importance, group)
+    scattered = search_scales(weight, grid, Columns.of(grid, group, importance))
     members = torch.cat([order[start : start + 32].sort().values for start in range(0, 100, 32)])
-    gathered = search_scales(weight[:, members], grid, importance[members])
+    gathered = search_scales(weight[:, members], grid, Columns.of(grid, grid.natural(100), importance[members]))
     assert all(torch.equal(a, b) for a, b in zip(scattered, gathered, strict=True))
 
 
@@ -192,7 +192,7 @@ def test_twin_in_torch(bits: int, symmetric: bool, group_size: int) -> None:
     weight[4] = weight[4].abs()
     weight[5] *= 1e-5
     importance = torch.rand(160, generator=torch.Generator().manual_seed(2))
-    scales, zeros = search_scales(weight, grid, importance)
+    scales, zeros = search_scales(weight, grid, Columns.of(grid, grid.natural(160), importance))
     edges = torch.tensor([*range(0, 160, group_size if group_size > 0 else 160), 160])
     twin_scales, twin_zeros = torch.empty(scales.shape), torch.empty(scales.shape)
     shifts = torch.tensor(grids.SHIFTS)

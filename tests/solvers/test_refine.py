@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from layers import layer
 from torch import Tensor
 
 from quantkit.solvers import refine
-from quantkit.solvers.grids import Grid, search_scales
+from quantkit.solvers.grids import Columns, Grid, search_scales
 from quantkit.solvers.projection import Projection, residual, round_all, uniform
 from quantkit.solvers.refine import descend, refit
 
@@ -125,7 +126,7 @@ def test_descent_ends_where_no_code_can_be_better() -> None:
             assert (loss(weight, hessian, projection, other) >= least * (1 - 1e-4)).all()
 
 
-def test_twin_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twin_of_descent_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = layer(9, 200)
     hessian[20] = 0
     hessian[:, 20] = 0
@@ -135,6 +136,34 @@ def test_twin_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         twin = codes.clone()
         descend(weight, hessian, projection, codes)
         with monkeypatch.context() as patch:
-            patch.setattr(refine, "_block_numba", refine._block_torch)
+            patch.setattr(refine, "_descend_numba", partial(refine._descend_blocks, refine._block_torch))
             descend(weight, hessian, projection, twin)
         assert torch.equal(codes, twin)
+
+
+@pytest.mark.parametrize("snapped", [False, True])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_twin_of_refit_in_torch(scattered: bool, snapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = layer(9, 200)
+    hessian[64:128] = 0  # a group that nothing is known of
+    hessian[:, 64:128] = 0
+    grid = Grid(3, 64, False)
+    group = grid.natural(200)
+    if scattered:
+        group = group[torch.randperm(200, generator=torch.Generator().manual_seed(2))]
+    keep = torch.rand(9, 200, generator=torch.Generator().manual_seed(1)) > 0.3
+    projection = uniform(3, *search_scales(weight, grid, Columns.of(grid, group)), group, keep)
+    codes = round_all(weight, projection)
+    allowed = None
+    if snapped:  # of either sign: scales of a grid that is not symmetric may be negative
+        allowed = projection.scales.abs().mean() * torch.linspace(-1.5, 1.5, 16).repeat(4, 1)
+    fitted = refit(weight, hessian, projection, codes, 0.1, allowed)
+    with monkeypatch.context() as patch:
+        patch.setattr(refine, "_fit_numba", refine._fit_torch)
+        twin = refit(weight, hessian, projection, codes, 0.1, allowed)
+    assert torch.equal(fitted.scales, twin.scales)
+    moved = fitted.scales != projection.scales
+    assert moved.any(0).tolist() == [True, True, True, True]
+    if snapped:
+        assert allowed is not None
+        assert torch.isin(fitted.scales[moved], allowed).all()
