@@ -67,3 +67,32 @@ def substitute(upper, rows):  # type: ignore[no-untyped-def]
         for r in range(count):
             for j in range(n):
                 rows[first + r, j] = tile[j, r]
+
+
+@njit(nogil=True, cache=True)
+def substitute_unit(lower, right, first, last, backward):  # type: ignore[no-untyped-def]
+    """Columns first … last − 1 of `right` float32 [rows, n], in place: X·Lᵀ = B with this block of L, or X·L = B if
+    `backward`. lower: L, float32 [n, n], unit lower triangular. TILE rows at a time, turned, as above."""
+    width = last - first
+    tile = np.empty((width, TILE), np.float32)
+    for start in range(0, right.shape[0], TILE):
+        count = min(TILE, right.shape[0] - start)
+        tile[:, count:] = 0
+        for r in range(count):
+            for j in range(width):
+                tile[j, r] = right[start + r, first + j]
+        if backward:
+            for k in range(width - 1, -1, -1):
+                for j in range(width - 1, k, -1):
+                    part = lower[first + j, first + k]
+                    for r in range(TILE):
+                        tile[k, r] -= part * tile[j, r]
+        else:
+            for k in range(width):
+                for j in range(k):
+                    part = lower[first + k, first + j]
+                    for r in range(TILE):
+                        tile[k, r] -= part * tile[j, r]
+        for r in range(count):
+            for j in range(width):
+                right[start + r, first + j] = tile[j, r]

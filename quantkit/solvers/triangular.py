@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.kernels.cholesky import factor_corner
+from quantkit.kernels.cholesky import factor_corner, substitute_unit
 from quantkit.kernels.cholesky import substitute as kernel
 from quantkit.solvers.projection import arrays
 from quantkit.solvers.team import ALONE, Team
@@ -88,14 +88,25 @@ def solve_symmetric(lower: Tensor, pivots: Tensor, right: Tensor) -> None:
     lower: L, float32 [n, n], unit lower triangular; pivots: D, float32 [n].
     """
     n = lower.shape[0]
+    solve = _block_numba if right.device.type == "cpu" else _block_torch
     for start in range(0, n, STEP):  # Y·Lᵀ = right
         stop = min(start + STEP, n)
-        block = substitute(lower[start:stop, start:stop].mT, right[:, start:stop])
-        right[:, start:stop] = block
-        right[:, stop:].addmm_(block, lower[stop:, start:stop].mT, alpha=-1)
+        solve(lower, right, start, stop, False)
+        right[:, stop:].addmm_(right[:, start:stop], lower[stop:, start:stop].mT, alpha=-1)
     right /= pivots.square()
     for stop in range(n, 0, -STEP):  # X·L = Y, a block's columns from the last to the first
         start = max(0, stop - STEP)
-        block = substitute(lower[start:stop, start:stop].flip(0, 1), right[:, start:stop].flip(1)).flip(1)
-        right[:, start:stop] = block
-        right[:, :start].addmm_(block, lower[start:stop, :start], alpha=-1)
+        solve(lower, right, start, stop, True)
+        right[:, :start].addmm_(right[:, start:stop], lower[start:stop, :start], alpha=-1)
+
+
+def _block_numba(lower: Tensor, right: Tensor, start: int, stop: int, backward: bool) -> None:
+    substitute_unit(*arrays(lower, right), start, stop, backward)
+
+
+def _block_torch(lower: Tensor, right: Tensor, start: int, stop: int, backward: bool) -> None:
+    block, own = right[:, start:stop], lower[start:stop, start:stop]
+    if backward:
+        block.copy_(substitute(own.flip(0, 1), block.flip(1)).flip(1))
+    else:
+        block.copy_(substitute(own.mT, block))
