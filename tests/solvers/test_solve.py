@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import layer
 from oracle import gptq as oracle
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.solvers.gptq import Settings, Solved, factor_for, ridge_factor, solve, step_toward
 from quantkit.solvers.grids import Grid, rtn
@@ -196,3 +197,32 @@ def test_on_a_gpu(symmetric: bool) -> None:
     there, here = solve(weight.cuda(), hessian.cuda(), how), solve(weight, hessian, how)
     assert there.report.loss == pytest.approx(here.report.loss, rel=0.02)
     assert same(there, solve(weight.cuda(), hessian.cuda(), how))
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's operations, views among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_threads_make_few_calls(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the interpreter's lock: threads that make many small ones wait for each other. 5 blocks of columns, 9
+    groups, 2 refits: as an operation of torch each, what is done to a group alone would be 30 · 18 of them."""
+    weight, hessian = layer(96, 576)
+    found = Settings(Grid(4, 64), order)
+    factor = factor_for(hessian, found)
+
+    def calls(rows: int) -> int:
+        with Calls() as mode:
+            solve(weight[:rows], hessian, found, factor=factor)
+        return mode.count
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # in this thread, where they are counted
+    assert calls(96) - calls(48) < 500  # of a part of 48 rows
