@@ -36,7 +36,7 @@ from quantkit.measuring import known_losses, measure_recipe
 from quantkit.outcome import Outcome, already_done
 from quantkit.output import check_whole, was_finished
 from quantkit.part_folder import finished_meanwhile, job_recipe
-from quantkit.parts import execute_part
+from quantkit.parts import check_recipe, execute_part
 from quantkit.parts import finish as finish_parts
 from quantkit.planner import make_plan
 from quantkit.plans import Plan
@@ -159,6 +159,8 @@ def run_recipe(recipe: Recipe, *, force: bool = False, part: str | None = None, 
             where=recipe.output,
             hint="delete the folder yourself",
         )
+    if share is not None:
+        check_recipe(recipe)  # before a text is read
     job, checkpoint = plan_recipe(recipe, data_present=True, measuring=share is None, force=force, console=console)
     _check_gpu(job, console)
     out = expand(recipe.output)

@@ -272,10 +272,12 @@ def _print_plan(
     recipe: Recipe, console: Console, look_ahead: Callable[[Plan], Forecast] | None = None, part: str | None = None
 ) -> None:
     from quantkit import api
-    from quantkit.parts import check_part
+    from quantkit.parts import check_part, check_recipe
     from quantkit.sharing import parse_part
 
     share = None if part is None else parse_part(part)
+    if share is not None:
+        check_recipe(recipe)
     job, _ = api.plan_recipe(recipe)
     if share is not None:
         check_part(job, share)

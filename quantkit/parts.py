@@ -45,6 +45,7 @@ from quantkit.part_folder import (
 )
 from quantkit.part_hashes import hash_completed, hash_shards, hash_sources, is_done
 from quantkit.plans import Plan, Unit
+from quantkit.recipe import Recipe
 from quantkit.runner import Run, Share, file_layouts, publish
 from quantkit.sharing import Part, runs
 from quantkit.witness import AlteredError, check_unaltered
@@ -80,14 +81,19 @@ def _share(plan: Plan, units: tuple[Unit, ...], first: Mapping[str, str]) -> Sha
     return Share(units, frozenset(sources), frozenset(t.file for u in units for t in u.outputs) - written)
 
 
-def check_part(plan: Plan, part: Part) -> None:
-    """Raises UsageError if it is no part of this plan."""
-    if any(u.calibrated for u in plan.units):
+def check_recipe(recipe: Recipe) -> None:
+    """Raises UsageError for what cannot be done in parts, whatever the model and the text are."""
+    if recipe.needs != "nothing":
         raise UsageError(
             "what looks at a text cannot be done in parts: a layer's tensors depend on the layers before",
             where="--part",
             hint="leave --part out",
         )
+
+
+def check_part(plan: Plan, part: Part) -> None:
+    """Raises UsageError if it is no part of this plan."""
+    check_recipe(plan.recipe)
     if plan.allocation is not None:
         raise UsageError(
             "mixed bits are not written in parts", where="--part", hint="leave it out, or use --bits 4 or 8"

@@ -382,6 +382,15 @@ def test_what_cannot_be_done_in_parts(tmp_path: Path, options: tuple[str, ...], 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_what_cannot_be_done_in_parts_is_said_before_a_text_is_looked_at(
+    source: Path, tmp_path: Path, dry_run: tuple[str, ...]
+) -> None:
+    (tmp_path / "text.txt").write_text("too short")
+    options = ("--method", "gptq", "--calib", str(tmp_path / "text.txt"), *dry_run)
+    refused(quantize(source, tmp_path / "out", "--part", "1/2", *options), "looks at a text")
+
+
 def test_a_nan_stops_its_part_alone(source: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(source, bad)
