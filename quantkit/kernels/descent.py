@@ -11,6 +11,12 @@ from quantkit.kernels.columns import nearest
 MARGIN = np.float32(1e-3)
 
 
+@njit(nogil=True, cache=True, inline="always")
+def add_product(c, a, b):  # type: ignore[no-untyped-def]
+    """c + a · b of three float32, rounded once, as torch's `add_(b, alpha=a)` is."""
+    return np.float32(np.float64(c) + np.float64(a) * np.float64(b))
+
+
 @njit(nogil=True, cache=True, error_model="numpy")  # where bend · scale is nothing, the code is one all the same
 def descend_block(  # type: ignore[no-untyped-def]
     gradient, curvature, first, group, top, scales, zeros, masked, keep, codes, errors
@@ -55,7 +61,7 @@ def descend_block(  # type: ignore[no-untyped-def]
 def damp_block(hessian, errors, first, ridge, gradient, curvature):  # type: ignore[no-untyped-def]
     """What `descend_block` reads of a block of columns, from H and errors @ H, where the loss has a ridge.
 
-    hessian: float32 [n, n]; errors: float32 [rows, n]. Changed: `gradient` float32 [rows, width]. Written: `curvature`
+    hessian: float32 [n, n]; errors: float32 [rows, n]; ridge: float32. Changed: `gradient` float32 [rows, width]. Written: `curvature`
     float32 [width, width].
     """
     width = gradient.shape[1]
@@ -65,4 +71,4 @@ def damp_block(hessian, errors, first, ridge, gradient, curvature):  # type: ign
         curvature[k, k] += ridge
     for r in range(gradient.shape[0]):
         for k in range(width):
-            gradient[r, k] += ridge * errors[r, first + k]
+            gradient[r, k] = add_product(gradient[r, k], ridge, errors[r, first + k])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from quantkit.kernels.descent import MARGIN
+from quantkit.kernels.descent import MARGIN, add_product
 from quantkit.kernels.scales import to_half
+
+NOTHING = np.float32(2.0**-25)  # the largest number of which the nearest float16 is 0
 
 
 @njit(nogil=True, cache=True)
@@ -25,9 +27,10 @@ def fit_group(  # type: ignore[no-untyped-def]
 ):
     """The best scale of a group in every row, all others fixed, taken where the loss falls.
 
-    gradient, products: float32 [rows, width], the errors and the levels, times H of these columns, without the ridge.
-    levels: as `take_levels` gives them. allowed: float32 [m], the scales that can be written, rising, and middles:
-    float64 [m − 1], what lies between them; with none of them, every float16 but 0 can be written. Changed: `scales`
+    gradient, products: float32 [rows, width], the errors and the levels, times H of these columns, without the ridge,
+    float32. levels: as `take_levels` gives them. group: its number; columns: int64 [width]. allowed: float32 [m], the
+    scales that can be written, rising, and middles: float64 [m − 1], what lies between them; m = 0: the float16 next to
+    what is best is taken, unless it is 0. Changed: `scales`
     float32 [rows, groups] and `errors` float32 [rows, n].
     """
     one = np.empty(1, np.float32)
@@ -36,8 +39,8 @@ def fit_group(  # type: ignore[no-untyped-def]
         slope, bend = 0.0, 0.0
         for k in range(columns.size):
             level = levels[r, k]
-            slope += np.float64(gradient[r, k] + ridge * errors[r, columns[k]]) * np.float64(level)
-            bend += np.float64(products[r, k] + ridge * level) * np.float64(level)
+            slope += np.float64(add_product(gradient[r, k], ridge, errors[r, columns[k]])) * np.float64(level)
+            bend += np.float64(add_product(products[r, k], ridge, level)) * np.float64(level)
         if not bend > 0:
             continue
         scale = scales[r, group]
@@ -49,11 +52,13 @@ def fit_group(  # type: ignore[no-untyped-def]
             better = allowed[place]
         else:
             one[0] = wanted
+            if abs(one[0]) <= NOTHING:
+                continue
             to_half(one, bits)
             better = one[0]
         move = better - scale
         far = np.float64(move)
-        if better != 0 and 2 * far * slope > np.float64(np.float32(1) + MARGIN) * far * far * bend:
+        if better != 0 and 2 * far * slope > (1.0 + np.float64(MARGIN)) * far * far * bend:
             scales[r, group] = better
             for k in range(columns.size):
                 errors[r, columns[k]] -= levels[r, k] * move

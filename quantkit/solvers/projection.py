@@ -86,7 +86,7 @@ def chunks(rows: int) -> list[slice]:
 def residual(target: Tensor, codes: Tensor, projection: Projection) -> Tensor:
     """target − ŵ, float32 [rows, columns]. codes: uint8 of that shape."""
     if target.device.type == "cpu":
-        out = torch.empty(target.shape)
+        out = torch.empty(target.shape, dtype=torch.float32)
         read = (codes, projection.scales, projection.zeros, projection.group)
         subtract_levels(*arrays(target.contiguous(), *read, out))
         return out

@@ -18,6 +18,7 @@ def row_losses(errors: Tensor, hessian: Tensor, scale: float = 1.0) -> Tensor:
     Half the products of errors @ hessian: each block of columns with those to its right, which count twice.
     """
     losses = torch.zeros(errors.shape[0], dtype=torch.float64, device=errors.device)
+    errors = errors.contiguous()
     scaled = errors / scale
     for start in range(0, errors.shape[1], BLOCK):
         stop = min(start + BLOCK, errors.shape[1])
@@ -35,7 +36,7 @@ def _add(products: Tensor, errors: Tensor, start: int, times: float, losses: Ten
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """float64 [rows]: Σ a·b of every row of two float32 [rows, n]."""
+    """float64 [rows]: Σ a·b of every row of two float32 [rows, n], where kernels do not reach."""
     return (a * b).sum(1, dtype=torch.float64)
 
 

@@ -28,8 +28,8 @@ def descend(target: Tensor, hessian: Tensor, projection: Projection, codes: Tens
     """Visits every code once, in the order of columns, and makes it the best one given all others of its row.
     Columns without inputs are rounded to nearest.
 
-    target: float32 [rows, columns]. hessian: float32 [columns, columns]. codes: uint8 like the target, changed in
-    place. Held beside them: one more float32 matrix like the target.
+    target: float32 [rows, columns]. hessian: float32 [columns, columns], contiguous. codes: uint8 like the target,
+    changed in place. Held beside them: one more float32 matrix like the target.
     """
     errors = residual(target, codes, projection)
     visit = _descend_numba if target.device.type == "cpu" else partial(_descend_blocks, _on_gpu(target))
@@ -130,9 +130,9 @@ def _fit_numba(
     allowed: Tensor | None,
 ) -> None:
     found, zeros, real, error = arrays(codes, projection.zeros, scales, errors)
-    none = torch.empty((scales.shape[1], 0))
+    none = torch.empty((scales.shape[1], 0), dtype=torch.float32)
     between, snaps = arrays(*((none.double(), none) if allowed is None else (middles(allowed), allowed)))
-    order, edges, runs = _members(projection.group)
+    order, edges, runs = _by_group(projection.group)
     columns = order.numpy()
     for group, (start, stop) in enumerate(edges):
         place, levels = columns[start:stop], np.empty((len(error), stop - start), np.float32)
@@ -155,7 +155,7 @@ def _fit_torch(
     allowed: Tensor | None,
 ) -> None:
     """The same in torch, a group at a time for all rows."""
-    order, edges, runs = _members(projection.group)
+    order, edges, runs = _by_group(projection.group)
     for group, (start, stop) in enumerate(edges):
         run = slice(start, stop) if runs else order[start:stop]
         levels = codes[:, run].float() - projection.zeros[:, group : group + 1]
@@ -183,7 +183,7 @@ def _damped(a: Tensor, b: Tensor, c: Tensor, ridge: float) -> Tensor:
     return torch.mm(a, b).add_(c, alpha=ridge)
 
 
-def _members(group: Tensor) -> tuple[Tensor, list[tuple[int, int]], bool]:
+def _by_group(group: Tensor) -> tuple[Tensor, list[tuple[int, int]], bool]:
     """int64 [columns], those of one group side by side; from where to where each group is; and whether this is the
     order they are in, so that nothing need be copied."""
     order, edges = group.long().argsort(stable=True), [0, *group.long().bincount().cumsum(0).tolist()]

@@ -167,3 +167,30 @@ def test_twin_of_refit_in_torch(scattered: bool, snapped: bool, monkeypatch: pyt
     if snapped:
         assert allowed is not None
         assert torch.isin(fitted.scales[moved], allowed).all()
+
+
+def test_a_scale_that_would_be_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is best for these codes is 0, which is no scale."""
+    one = torch.full((1, 1), 0.5)
+    projection = Projection(one, 16 * one, torch.zeros(4, dtype=torch.int32), torch.full((4,), 15.0))
+    target, codes = torch.tensor([[1.0, -1, 0, 0]]), torch.tensor([[9, 9, 8, 8]], dtype=torch.uint8)
+    assert refit(target, torch.eye(4), projection, codes).scales.item() == 0.5
+    monkeypatch.setattr(refine, "_fit_numba", refine._fit_torch)
+    assert refit(target, torch.eye(4), projection, codes).scales.item() == 0.5
+
+
+def test_the_ridge_is_added_with_one_rounding() -> None:
+    """As the twins in torch have it: on the edge of a decision the last bit of a gradient is a code."""
+    generator = torch.Generator().manual_seed(1)
+    rows, width, ridge = 512, 64, 0.5312345
+    hessian = torch.diag(torch.rand(width, generator=generator) * 3 + 0.5)
+    scales = (torch.rand(rows, 1, generator=generator) + 0.1).half().float()
+    group, top = torch.zeros(width, dtype=torch.int32), torch.full((width,), 15.0)
+    projection = Projection(scales, torch.full((rows, 1), 8.0), group, top)
+    target = scales * (0.5005 + 1e-7 * torch.randn(rows, width, generator=generator))
+    codes = torch.full((rows, width), 8, dtype=torch.uint8)
+    twin, errors = codes.clone(), residual(target, codes, projection)
+    descend(target, hessian, projection, codes, ridge)
+    refine._descend_blocks(refine._block_torch, hessian, projection, twin, errors, ridge)
+    assert 0 < int((codes == 9).sum()) < codes.numel()
+    assert int((codes != twin).sum()) < 5  # of the rows that go one way or the other by less than a bit
