@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,10 +188,10 @@ def test_another_plan_does_not_take_over(jobs: Callable[[str], Job], tmp_path: P
     job, out = jobs("hf to mistral"), tmp_path / "out"
     stop_at(job, out, lines(4), signal.SIGKILL)
     before = stamps(out)
-    others = [start(jobs(kind), out) for kind in ("hf to pth", "pth to hf")]
     quantize = ["quantize", str(job.source), "-o", str(out), "--quiet"]
-    others.append(warm.start(quantize))
-    for other in others:
+    others = [partial(start, jobs(kind), out) for kind in ("hf to pth", "pth to hf")]
+    for begin in (*others, partial(warm.start, quantize)):
+        other = begin()  # one by one: two at once find each other there
         _, stderr = other.communicate(timeout=60)
         assert other.returncode == 2
         assert_three_lines(errors(stderr), "unfinished run of another plan", "--force")

@@ -61,8 +61,8 @@ def descend_block(  # type: ignore[no-untyped-def]
 def damp_block(hessian, errors, first, ridge, gradient, curvature):  # type: ignore[no-untyped-def]
     """What `descend_block` reads of a block of columns, from H and errors @ H, where the loss has a ridge.
 
-    hessian: float32 [n, n]; errors: float32 [rows, n]; ridge: float32. Changed: `gradient` float32 [rows, width]. Written: `curvature`
-    float32 [width, width].
+    hessian: float32 [n, n]; errors: float32 [rows, n]; ridge: float32. Changed: `gradient` float32 [rows, width].
+    Written: `curvature` float32 [width, width].
     """
     width = gradient.shape[1]
     for k in range(width):

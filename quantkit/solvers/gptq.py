@@ -109,11 +109,11 @@ def solve(
 ) -> Solved[Coded]:
     """The codes of a linear layer.
 
-    weight: [rows = out, columns = in] of any float type, finite. hessian: float32 [columns, columns], contiguous, Σ x·xᵀ
-    over inputs x, in any unit; left as it is; beside it one more matrix of its size is held. target: as the weight, what to
-    come near to instead of it. keep: bool like the weight, false where it is pruned: its code is the zero point.
-    factor: from `factor_for` of the same Hessian and settings. team: who shares the rows. All on one device. Never
-    raises for what the Hessian holds.
+    weight: [rows = out, columns = in] of any float type, finite. hessian: float32 [columns, columns], contiguous, of
+    inputs x Σ x·xᵀ in any unit; left as it is; beside it one more matrix of its size is held. target: as the weight,
+    what to come near to instead of it. keep: bool like the weight, false where it is pruned: its code is the zero
+    point. factor: from `factor_for` of the same Hessian and settings. team: who shares the rows. All on one device.
+    Never raises for what the Hessian holds.
     """
     target = weight if target is None else target
     assert hessian.dtype == torch.float32
@@ -215,8 +215,8 @@ def step_toward(weight: Tensor, hessian: Tensor, cross: Tensor, factor: Factor |
     """(G − W·H)·(H + ridge·mean(diag H)·I)⁻¹, float32 [rows, columns], in place of G: how far the weight must go to
     make up for inputs that are not those it was trained on.
 
-    cross: G float32 [rows, columns], contiguous, Σ y·xᵀ of the outputs y wanted and the inputs x there are, in the unit of H = Σ
-    x·xᵀ. factor: of `ridge_factor`; nothing where there is none.
+    cross: G float32 [rows, columns], contiguous, Σ y·xᵀ of the outputs y wanted and the inputs x there are, in the unit
+    of H = Σ x·xᵀ. factor: of `ridge_factor`; nothing where there is none.
     """
     with torch.no_grad():
         if factor is None:

@@ -186,5 +186,5 @@ def _damped(a: Tensor, b: Tensor, c: Tensor, ridge: float) -> Tensor:
 def _by_group(group: Tensor) -> tuple[Tensor, list[tuple[int, int]], bool]:
     """int64 [columns], those of one group side by side; from where to where each group is; and whether this is the
     order they are in, so that nothing need be copied."""
-    order, edges = group.long().argsort(stable=True), [0, *group.long().bincount().cumsum(0).tolist()]
+    order, edges = group.long().argsort(stable=True), [0, *group.long().bincount().cpu().cumsum(0).tolist()]
     return order, [*pairwise(edges)], bool((order[1:] > order[:-1]).all())
