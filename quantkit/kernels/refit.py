@@ -28,10 +28,9 @@ def fit_group(  # type: ignore[no-untyped-def]
     """The best scale of a group in every row, all others fixed, taken where the loss falls.
 
     gradient, products: float32 [rows, width], the errors and the levels, times H of these columns, without the ridge,
-    float32. levels: as `take_levels` gives them. group: its number; columns: int64 [width]. allowed: float32 [m], the
+    a float32. levels: as `take_levels` gives them. group: its number; columns: int64 [width]. allowed: float32 [m], the
     scales that can be written, rising, and middles: float64 [m − 1], what lies between them; m = 0: the float16 next to
-    what is best is taken, unless it is 0. Changed: `scales`
-    float32 [rows, groups] and `errors` float32 [rows, n].
+    what is best is taken, unless it is 0. Changed: `scales` float32 [rows, groups] and `errors` float32 [rows, n].
     """
     one = np.empty(1, np.float32)
     bits = one.view(np.uint32)

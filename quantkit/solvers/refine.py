@@ -132,12 +132,11 @@ def _fit_numba(
     found, zeros, real, error = arrays(codes, projection.zeros, scales, errors)
     none = torch.empty((scales.shape[1], 0), dtype=torch.float32)
     between, snaps = arrays(*((none.double(), none) if allowed is None else (middles(allowed), allowed)))
-    order, edges, runs = _by_group(projection.group)
+    order, groups = _by_group(projection.group)
     columns = order.numpy()
-    for group, (start, stop) in enumerate(edges):
+    for group, (start, stop, run) in enumerate(groups):
         place, levels = columns[start:stop], np.empty((len(error), stop - start), np.float32)
         take_levels(found, zeros, group, place, levels)
-        run = slice(start, stop) if runs else order[start:stop]
         across = hessian[:, run]
         products = torch.mm(torch.from_numpy(levels), across[run]).numpy()
         gradient = torch.mm(errors, across).numpy()
@@ -155,9 +154,7 @@ def _fit_torch(
     allowed: Tensor | None,
 ) -> None:
     """The same in torch, a group at a time for all rows."""
-    order, edges, runs = _by_group(projection.group)
-    for group, (start, stop) in enumerate(edges):
-        run = slice(start, stop) if runs else order[start:stop]
+    for group, (_, _, run) in enumerate(_by_group(projection.group)[1]):
         levels = codes[:, run].float() - projection.zeros[:, group : group + 1]
         across = hessian[:, run]
         slope = row_products(_damped(errors, across, errors[:, run], ridge), levels)
@@ -183,8 +180,9 @@ def _damped(a: Tensor, b: Tensor, c: Tensor, ridge: float) -> Tensor:
     return torch.mm(a, b).add_(c, alpha=ridge)
 
 
-def _by_group(group: Tensor) -> tuple[Tensor, list[tuple[int, int]], bool]:
-    """int64 [columns], those of one group side by side; from where to where each group is; and whether this is the
-    order they are in, so that nothing need be copied."""
+def _by_group(group: Tensor) -> tuple[Tensor, list[tuple[int, int, Tensor | slice]]]:
+    """int64 [columns], those of one group side by side; and of each group from where to where it is there, and its
+    columns: a slice, so that nothing is copied, where groups are runs."""
     order, edges = group.long().argsort(stable=True), [0, *group.long().bincount().cpu().cumsum(0).tolist()]
-    return order, [*pairwise(edges)], bool((order[1:] > order[:-1]).all())
+    runs = bool((order[1:] > order[:-1]).all())
+    return order, [(a, b, slice(a, b) if runs else order[a:b]) for a, b in pairwise(edges)]
